@@ -1,0 +1,1 @@
+"""Quern: a self-hosted, multi-tenant form backend with its own AI, on plain CPUs."""
