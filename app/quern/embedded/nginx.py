@@ -1,0 +1,113 @@
+"""nginx as the front door: event streams go to the events service, everything else to the API, over UNIX sockets."""
+
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quern.embedded.cache import cached
+from quern.embedded.ports import free_port
+from quern.embedded.process import ChildProcess
+
+EVENT_STREAMS = (r"^/api/v1/jobs/[^/]+/events$",)
+
+
+def nginx_binary() -> Path:
+    """The host's nginx, or Debian's, unpacked into the cache so that nothing is installed or started on the host.
+
+    apt checks the package against its signed index. Raises RuntimeError, with apt's own words, when it cannot be had.
+    """
+    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    if installed is not None:
+        return Path(installed)
+    release = Path("/etc/os-release").read_text()
+    return cached("nginx", ["dpkg -x", release, os.uname().machine], _fetch) / "usr" / "sbin" / "nginx"
+
+
+def _fetch(folder: Path) -> None:
+    # As root, apt would drop to a user who cannot write here, and warn about it.
+    _run(["apt-get", "-o", "APT::Sandbox::User=root", "download", "nginx"], folder)
+    (package,) = folder.glob("nginx_*.deb")
+    _run(["dpkg", "-x", package.name, "."], folder)
+    package.unlink()
+
+
+def _run(command: list[str], folder: Path) -> None:
+    answer = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if answer.returncode != 0:
+        raise RuntimeError(f"nginx: {command[0]} failed; run: apt-get update, then try again.\n{answer.stderr.strip()}")
+
+
+class Nginx(ChildProcess):
+    """Listens on one loopback port; everything it writes stays in `directory`.
+
+    `event_streams` are regular expressions (PCRE) of paths that are served unbuffered by `events_socket`. Bodies over
+    `body_megabytes` are refused with a problem document (RFC 9457) before the API sees them, and so is everything
+    while an upstream is away. The port stays the same over restarts; `port` is only a wish.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        api_socket: Path,
+        events_socket: Path,
+        event_streams: Sequence[str] = EVENT_STREAMS,
+        port: int | None = None,
+        body_megabytes: int = 2,
+    ) -> None:
+        self.directory = directory
+        self.port = free_port(port)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for pattern in event_streams:
+            if re.search(r'["\s;]', pattern):
+                raise ValueError(
+                    f"nginx: expected a path pattern without quotes, spaces or semicolons, found {pattern!r}"
+                )
+        templates = Environment(
+            loader=PackageLoader("quern.embedded", "templates"),
+            undefined=StrictUndefined,
+            autoescape=False,  # noqa: S701 - an nginx configuration, not HTML
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        configuration = directory / "nginx.conf"
+        configuration.write_text(
+            templates.get_template("nginx.conf").render(
+                # nginx started as root would give its workers to an account that cannot reach the private sockets.
+                user=getpass.getuser() if os.geteuid() == 0 else None,
+                directory=directory.absolute(),
+                port=self.port,
+                api_socket=api_socket.absolute(),
+                events_socket=events_socket.absolute(),
+                event_streams=event_streams,
+                body_megabytes=body_megabytes,
+            )
+        )
+        super().__init__(
+            "nginx",
+            [nginx_binary(), "-p", directory, "-e", "stderr", "-c", configuration],
+            log=directory / "nginx.log",
+            ready=self._accepts,
+            # On SIGKILL the master's workers would live on and hold the port.
+            death_signal=signal.SIGTERM,
+        )
+
+    @property
+    def url(self) -> str:
+        """The base URL, without a trailing slash."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def _accepts(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=2):
+                return True
+        except OSError:
+            return False
