@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from pymongo import MongoClient
 from pymongo.database import Database
@@ -15,6 +16,10 @@ from quern.embedded.mongod import Mongod
 from quern.embedded.receiver import Receiver
 from quern.embedded.redis_server import RedisServer
 from quern.embedded.smtp_sink import SmtpSink
+
+# The same examples in every run, and no limit on the time of one: a busy machine must not fail a test.
+hypothesis.settings.register_profile("quern", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("quern")
 
 
 def _short_directory() -> Iterator[Path]:

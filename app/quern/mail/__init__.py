@@ -1,0 +1,1 @@
+"""Mail: compose one message, send it through the operator's relay."""

@@ -1,0 +1,147 @@
+"""The delivery log: one entry per attempt, for the owner of the endpoint to see what happened.
+
+The payload is not in it, and of the answer only the start of a refusal's body: whoever erases a response calls
+`erase_excerpts`, for a receiver may quote in its refusal what it was sent. Entries end by themselves (TTL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from bson.codec_options import CodecOptions
+from pydantic import BaseModel, ConfigDict
+from pymongo.client_session import ClientSession
+from pymongo.collection import Collection
+from pymongo.database import Database
+from ulid import ULID
+
+from quern.webhooks.outcome import DeliveryOutcome, Failure
+from quern.webhooks.settings import WebhookSettings
+
+COLLECTION = "webhook_deliveries"
+
+
+class DeliveryRecord(BaseModel):
+    """One attempt. `attempt` counts from 1 within the job; `response` is None for a test event."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    tenant: str
+    endpoint: str
+    job: str
+    response: str | None
+    event_type: str
+    attempt: int
+    at: datetime
+    duration_ms: int
+    delivered: bool
+    status: int | None
+    failure: Failure | None
+    detail: str
+    address: str | None
+    request_headers: dict[str, str]
+    excerpt: str
+
+
+class Page(NamedTuple):
+    """`after` is the position of the next page, or None at the end."""
+
+    deliveries: tuple[DeliveryRecord, ...]
+    after: str | None
+
+
+def collection(db: Database[dict[str, Any]]) -> Collection[dict[str, Any]]:
+    """The log, with times as aware UTC whatever the client's own setting is."""
+    return db.get_collection(COLLECTION, codec_options=CodecOptions(tz_aware=True, tzinfo=UTC))
+
+
+def record(
+    db: Database[dict[str, Any]],
+    tenant: str,
+    outcome: DeliveryOutcome,
+    *,
+    endpoint: str,
+    job: str,
+    attempt: int,
+    event_type: str,
+    response: str | None,
+    settings: WebhookSettings,
+    now: datetime,
+    session: ClientSession | None = None,
+) -> DeliveryRecord:
+    """Log one attempt that ended at `now`."""
+    now = now.replace(microsecond=now.microsecond // 1000 * 1000)
+    document = {
+        "_id": f"whd_{ULID.from_datetime(now)}",
+        "tenant": tenant,
+        "endpoint": endpoint,
+        "job": job,
+        "response": response,
+        "event_type": event_type,
+        "attempt": attempt,
+        "at": now,
+        "duration_ms": round(outcome.duration.total_seconds() * 1000),
+        "delivered": outcome.delivered,
+        "status": outcome.status,
+        "failure": None if outcome.failure is None else outcome.failure.value,
+        "detail": outcome.detail,
+        "address": outcome.address,
+        "request_headers": outcome.request_headers,
+        "excerpt": outcome.excerpt,
+        "expires_at": now + timedelta(days=settings.delivery_log_days),
+    }
+    collection(db).insert_one(document, session=session)
+    return _record(document)
+
+
+def page(
+    db: Database[dict[str, Any]],
+    tenant: str,
+    *,
+    endpoint: str | None = None,
+    job: str | None = None,
+    response: str | None = None,
+    delivered: bool | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    after: str | None = None,
+    limit: int = 50,
+    session: ClientSession | None = None,
+) -> Page:
+    """The tenant's attempts from the newest, `limit` at a time, that match every filter; `until` is exclusive."""
+    selector: dict[str, Any] = {"tenant": tenant}
+    filters = {"endpoint": endpoint, "job": job, "response": response, "delivered": delivered}
+    selector |= {name: value for name, value in filters.items() if value is not None}
+    span = {"$gte": since, "$lt": until}
+    if since is not None or until is not None:
+        selector["at"] = {operator: value for operator, value in span.items() if value is not None}
+    if after is not None:
+        selector["_id"] = {"$lt": after}
+    documents = list(collection(db).find(selector, session=session).sort("_id", -1).limit(limit + 1))
+    found = tuple(_record(document) for document in documents[:limit])
+    return Page(found, found[-1].id if len(documents) > limit else None)
+
+
+def get(
+    db: Database[dict[str, Any]], tenant: str, delivery_id: str, *, session: ClientSession | None = None
+) -> DeliveryRecord:
+    """Raises LookupError."""
+    document = collection(db).find_one({"_id": delivery_id, "tenant": tenant}, session=session)
+    if document is None:
+        raise LookupError("expected a delivery of this tenant, found none (the log is kept for a limited time)")
+    return _record(document)
+
+
+def erase_excerpts(
+    db: Database[dict[str, Any]], tenant: str, responses: Iterable[str], *, session: ClientSession | None = None
+) -> int:
+    """Remove what receivers said about these responses; returns how many entries were changed."""
+    selector = {"tenant": tenant, "response": {"$in": list(responses)}, "excerpt": {"$ne": ""}}
+    return collection(db).update_many(selector, {"$set": {"excerpt": ""}}, session=session).modified_count
+
+
+def _record(document: dict[str, Any]) -> DeliveryRecord:
+    return DeliveryRecord.model_validate({"id": document["_id"]} | document)
