@@ -17,8 +17,8 @@ from pymongo import ReturnDocument
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
 from pymongo.database import Database
-from ulid import ULID
 
+from quern.store import identifier
 from quern.webhooks.breaker import BreakerState
 from quern.webhooks.guard import parse_target
 from quern.webhooks.settings import WebhookSettings
@@ -149,7 +149,7 @@ def create(
     secret = new_secret()
     now = _milliseconds(now)
     document = {
-        "_id": f"whe_{ULID.from_datetime(now)}",
+        "_id": identifier.new("whe"),
         "tenant": tenant,
         "url": url,
         "description": draft.description,

@@ -1,0 +1,279 @@
+"""Operations: one declaration makes a route, guards it and documents it.
+
+The order at the edge: who asks (401), may they (403), too often (429), is the request sound (4xx), then the handler;
+an unsafe one in a transaction, with its audit entry and its idempotency record.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import orjson
+import pymongo
+from flask import Blueprint, Response, current_app, g, request
+from opentelemetry import trace
+from pydantic import BaseModel, ValidationError
+from pymongo.client_session import ClientSession
+
+from quern.api import idempotency
+from quern.api.body import read_json
+from quern.api.problem import Problem, away, invalid, not_found
+from quern.audit.entry import entry, record
+from quern.jobs.queue import transact
+from quern.observe import metrics
+from quern.runtime import Runtime
+from quern.store import identifier
+from quern.store.connection import Db
+from quern.tenants.keys import Principal
+from quern.tenants.limit import LimiterAwayError
+
+#: Seconds that a request may spend on the database before it answers 503.
+DATABASE_SECONDS: Final = 5.0
+
+_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe"}
+
+
+@dataclass
+class Reply:
+    """What a handler answers."""
+
+    body: BaseModel | None = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    stream: Iterable[bytes] | None = None
+    media_type: str = "application/json"
+
+
+@dataclass
+class Call:
+    """What a handler gets."""
+
+    runtime: Runtime
+    principal: Principal
+    request_id: str
+    body: Any = None
+    query: Any = None
+    session: ClientSession | None = None
+    idempotency_key: str | None = None
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def db(self) -> Db:
+        return self.runtime.store.db
+
+    @property
+    def tenant(self) -> str:
+        return self.principal.tenant
+
+    def audit(self, action: str, subject: str, detail: dict[str, Any] | None = None) -> None:
+        """Record a change, in its transaction."""
+        document = entry(self.tenant, self.principal.key, action, subject, detail=detail, request_id=self.request_id)
+        record(self.db, document, self.session)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A documented route."""
+
+    method: str
+    path: str
+    summary: str
+    scope: str
+    tag: str
+    body: type[BaseModel] | None
+    query: type[BaseModel] | None
+    answers: dict[int, type[BaseModel] | str | None]
+    """Status to model, to a media type for what is streamed, or to None for no body."""
+    unsafe: bool
+    description: str
+    served_by: Literal["api", "events"] = "api"
+
+
+class Edge:
+    """The operations of one resource, and their blueprint."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self.operations: list[Operation] = []
+        self.blueprint = Blueprint(tag, __name__, url_prefix="/api/v1")
+
+    def operation(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str,
+        summary: str,
+        answers: dict[int, type[BaseModel] | str | None],
+        body: type[BaseModel] | None = None,
+        query: type[BaseModel] | None = None,
+        transaction: bool = True,
+    ) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
+        """Declare a route. `transaction=False`: an unsafe handler that sees to its own durability and idempotency."""
+        unsafe = method in ("POST", "PUT", "PATCH", "DELETE")
+
+        def declare(handler: Callable[..., Reply]) -> Callable[..., Reply]:
+            made = Operation(
+                method, path, summary, scope, self.tag, body, query, answers, unsafe, (handler.__doc__ or "").strip()
+            )
+            self.operations.append(made)
+            rule = path.replace("{", "<string:").replace("}", ">")
+
+            def view(**arguments: str) -> Response:
+                return _serve(made, handler, unsafe and transaction, arguments)
+
+            self.blueprint.add_url_rule(rule, f"{handler.__name__}", view, methods=[method], provide_automatic_options=False)
+            return handler
+
+        return declare
+
+    def document(self, operation: Operation) -> None:
+        """Document a route that another process serves."""
+        self.operations.append(operation)
+
+
+def _serve(operation: Operation, handler: Callable[..., Reply], transaction: bool, arguments: dict[str, str]) -> Response:
+    runtime: Runtime = current_app.extensions["quern"]
+    g.route = f"{operation.method} {operation.path}"
+    with pymongo.timeout(DATABASE_SECONDS):
+        call = Call(runtime, _authenticate(runtime, operation), g.request_id)
+        g.limits = _limit(runtime, call.principal)
+        for name, value in arguments.items():
+            if name in _PREFIX_OF and not identifier.is_valid(value, _PREFIX_OF[name]):
+                raise not_found(name)
+        raw = b""
+        if operation.query is not None:
+            call.query = _query(operation.query)
+        if operation.body is not None:
+            value, raw = read_json(request, runtime.settings.max_body_bytes)
+            call.body = _validated(operation.body, value)
+        if operation.unsafe:
+            call.idempotency_key = idempotency.check_key(request.headers.get(idempotency.HEADER))
+        if not transaction:
+            return _respond(handler(call, **arguments))
+        return _transact(operation, handler, call, arguments, raw)
+
+
+def _authenticate(runtime: Runtime, operation: Operation) -> Principal:
+    principal = runtime.authenticate(runtime.store.db, request.headers.get("Authorization"))
+    if principal is None:
+        raise Problem(
+            401, "expected `Authorization: Bearer <API key>` with a key that is valid", headers={"WWW-Authenticate": "Bearer"}
+        )
+    if operation.scope not in principal.scopes:
+        raise Problem(403, f"this key does not have the scope {operation.scope}", kind="scope-missing")
+    return principal
+
+
+def _limit(runtime: Runtime, principal: Principal) -> dict[str, str]:
+    if principal.requests_per_minute == 0:
+        return {}
+    try:
+        allowance = runtime.limiter.take(principal.key, principal.requests_per_minute)
+    except LimiterAwayError:
+        raise away("the rate limiter (Redis)") from None
+    if not allowance.allowed:
+        metrics.LIMITED.inc()
+        raise Problem(
+            429,
+            f"this key may make {allowance.limit} requests a minute; try again in {allowance.retry_after} s",
+            kind="rate-limited",
+            headers=allowance.headers(),
+        )
+    return allowance.headers()
+
+
+def _query(model: type[BaseModel]) -> BaseModel:
+    values: dict[str, Any] = {}
+    for name, found in request.args.lists():
+        if len(found) > 1:
+            raise Problem(422, f"the query parameter {name[:100]} came {len(found)} times; expected once", kind="validation")
+        values[name] = found[0]
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = invalid(error)
+        for fault in problem.errors:
+            fault.pointer = "?" + fault.pointer.removeprefix("/")
+        raise problem from None
+
+
+def _validated(model: type[BaseModel], value: Any) -> BaseModel:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def _transact(
+    operation: Operation, handler: Callable[..., Reply], call: Call, arguments: dict[str, str], raw: bytes
+) -> Response:
+    kept: idempotency.Record | None = None
+    if call.idempotency_key is not None:
+        token = request.headers.get("Authorization", "")
+        route = f"{operation.method} {request.path}"
+        begun = idempotency.begin(
+            call.db, call.tenant, route, call.idempotency_key, token, raw + b"\0" + request.query_string
+        )
+        if isinstance(begun, idempotency.Kept):
+            answer = Response(begun.body, begun.status, begun.headers, mimetype="application/json")
+            answer.headers["Idempotent-Replayed"] = "true"
+            return answer
+        kept = begun
+
+    def work(session: ClientSession) -> Response:
+        call.session = session
+        call.after_commit.clear()
+        response = _respond(handler(call, **arguments))
+        if kept is not None:
+            shown = {name: value for name, value in response.headers.items() if name in ("Location", "ETag")}
+            idempotency.finish(call.db, kept, idempotency.Kept(response.status_code, response.get_data(), shown), session)
+        return response
+
+    try:
+        response: Response = transact(call.runtime.store, work)
+    except Exception:
+        if kept is not None:
+            _abandon(call.db, kept)
+        raise
+    for act in call.after_commit:
+        act()
+    return response
+
+
+def _abandon(db: Db, kept: idempotency.Record) -> None:
+    try:
+        idempotency.abandon(db, kept)
+    except pymongo.errors.PyMongoError:
+        # Its lease runs out by itself; the failure that brought us here is the one to report.
+        return
+
+
+def _respond(reply: Reply) -> Response:
+    if reply.stream is not None:
+        return Response(_ended_by_client(reply.stream), reply.status, reply.headers, mimetype=reply.media_type)
+    data = b"" if reply.body is None else dump(reply.body)
+    return Response(data, reply.status, reply.headers, mimetype=reply.media_type if data else None)
+
+
+def _ended_by_client(stream: Iterable[bytes]) -> Iterator[bytes]:
+    yield from stream
+
+
+def dump(model: BaseModel) -> bytes:
+    """A model as JSON: times in RFC 3339 with `Z`, unset optional members left out."""
+    return orjson.dumps(model.model_dump(mode="json", by_alias=True, exclude_none=False))
+
+
+def traceparent() -> str:
+    """The current span's W3C traceparent."""
+    context = trace.get_current_span().get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
+
+def observe(began: float, status: int) -> None:
+    """Count one answered request."""
+    route = getattr(g, "route", "unmatched")
+    metrics.REQUESTS.labels(route, request.method if route != "unmatched" else "-", status).inc()
+    metrics.REQUEST_SECONDS.labels(route, request.method if route != "unmatched" else "-").observe(time.monotonic() - began)

@@ -1,0 +1,331 @@
+"""The durable queue over the `jobs` collection: enqueue, claim, settle, hand back, cancel, replay.
+
+A job is `blocked` until what it depends on has ended, then `queued`, `running` under a lease, and at last `done`,
+`dead`, `cancelled` or `skipped`. A claim writes a fresh random `lease_id` (the fence), and every later write of that
+worker must match it. A claim need not survive a power cut: the job is then queued again and the fence refuses the old
+worker. Every end is journaled by a majority, with all that follows from it, in one transaction.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from pymongo import ReturnDocument
+from pymongo.client_session import ClientSession
+from pymongo.errors import BulkWriteError
+
+from quern.jobs import turns
+from quern.jobs.handler import Followup, Registry
+from quern.jobs.model import ENDED, Job, NewJob, Queue, State
+from quern.observe import metrics
+from quern.store import clock
+from quern.store.connection import EPHEMERAL, Db, Document, Store
+
+#: A queued job whose turn was never opened is found by the reconciler this much later.
+GRACE = timedelta(seconds=2)
+
+Opened = list[tuple[str, int, str, datetime]]
+
+
+class LeaseLostError(Exception):
+    """Another worker holds the job now, or it was ended: what this worker did must not be written."""
+
+
+def insert(db: Db, jobs: Sequence[NewJob], session: ClientSession | None = None) -> Opened:
+    """Make jobs durable; those that exist already stay as they are.
+
+    Returns what `turns.open_many` must be told afterwards. Inside a transaction the caller does that after the commit;
+    jobs then carry `wake`, so that the reconciler finds them if the caller dies in between.
+    """
+    if not jobs:
+        return []
+    now = clock.now()
+    documents = [job.document(now) for job in jobs]
+    if session is not None:
+        present = {found["_id"] for found in db.jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"_id": 1}, session=session)}
+        documents = [document for document in documents if document["_id"] not in present]
+        for document in documents:
+            if document["state"] == State.QUEUED:
+                document["wake"] = max(document["due"], now + GRACE)
+        if documents:
+            db.jobs.insert_many(documents, session=session)
+    else:
+        # What waits for others goes in first: whoever may claim a job finds those that its end releases.
+        waiting = [document for document in documents if document["state"] != State.QUEUED]
+        _insert_new(db, waiting)
+        _insert_new(db, [document for document in documents if document["state"] == State.QUEUED])
+    return [
+        (document["queue"], document["priority"], document["tenant"], document["due"])
+        for document in documents
+        if document["state"] == State.QUEUED
+    ]
+
+
+def _insert_new(db: Db, documents: list[Document]) -> None:
+    if not documents:
+        return
+    try:
+        db.jobs.insert_many(documents, ordered=False)
+    except BulkWriteError as error:
+        if any(item.get("code") != 11000 for item in error.details.get("writeErrors", [])):
+            raise
+
+
+def claim(db: Db, queue: str, lease: float) -> Job | None:
+    """Take the next job of a queue for `lease` seconds: by priority, then by turns between tenants, then by age."""
+    jobs = db.jobs.with_options(write_concern=EPHEMERAL)
+    while True:
+        now = clock.now()
+        turn = turns.take(db, queue, now)
+        if turn is None:
+            return None
+        mine = {"queue": queue, "priority": turn.priority, "tenant": turn.tenant, "state": State.QUEUED.value}
+        document = jobs.find_one_and_update(
+            {**mine, "due": {"$lte": now}},
+            [
+                {
+                    "$set": {
+                        "state": State.RUNNING.value,
+                        "lease_id": secrets.token_hex(8),
+                        "lease_until": now + timedelta(seconds=lease),
+                        "started": now,
+                        "attempt": {"$add": ["$attempt", 1]},
+                        "log": appended(State.RUNNING.value, now, {"attempt": {"$add": ["$attempt", 1]}}),
+                    }
+                },
+                {"$unset": ["wake", "cancel"]},
+            ],
+            sort=[("due", 1), ("_id", 1)],
+            return_document=ReturnDocument.AFTER,
+        )
+        if document is not None:
+            metrics.CLAIMS.labels(queue, document["kind"]).inc()
+            metrics.JOB_WAIT_SECONDS.labels(queue).observe(max(0.0, (now - document["due"]).total_seconds()))
+            return Job.from_document(document)
+        waiting = db.jobs.find_one(mine, {"due": 1}, sort=[("due", 1)])
+        turns.close(db, turn, waiting["due"] if waiting else None)
+
+
+def appended(kind: str, at: datetime, data: dict[str, Any]) -> Document:
+    """The aggregation expression for a job's log with one entry more."""
+    entry = {"seq": {"$add": [{"$size": "$log"}, 1]}, "type": kind, "at": at, "data": data}
+    return {"$concatArrays": ["$log", [entry]]}
+
+
+def extend(db: Db, lease_ids: Sequence[str], lease: float) -> tuple[set[str], set[str]]:
+    """Heartbeat: hold the leases for `lease` seconds more. Returns (still held, of those: asked to cancel)."""
+    running = {"lease_id": {"$in": list(lease_ids)}, "state": State.RUNNING.value}
+    until = clock.now() + timedelta(seconds=lease)
+    db.jobs.with_options(write_concern=EPHEMERAL).update_many(
+        {**running, "lease_until": {"$exists": True}}, {"$set": {"lease_until": until}}
+    )
+    held, cancelled = set(), set()
+    for document in db.jobs.find({**running, "lease_until": {"$gte": until}}, {"lease_id": 1, "cancel": 1}):
+        held.add(document["lease_id"])
+        if document.get("cancel"):
+            cancelled.add(document["lease_id"])
+    return held, cancelled
+
+
+def transact(store: Store, work: Callable[[ClientSession], Any]) -> Any:
+    """Run `work` in a transaction, again on a transient conflict (pymongo bounds that at 120 s)."""
+    with store.client.start_session() as session:
+        return session.with_transaction(work)
+
+
+def settle(
+    store: Store,
+    registry: Registry,
+    job: Job,
+    state: State,
+    *,
+    result: dict[str, Any] | None = None,
+    error: str | None = None,
+    fence: Document | None = None,
+) -> Opened:
+    """End a job: its state, its result and all that follows, in one transaction.
+
+    Args:
+        fence: what must still hold of the job; by default that this worker's lease does.
+
+    Returns:
+        The work that became ready, already opened: the queues to wake.
+
+    Raises:
+        LeaseLostError: the fence no longer holds; nothing was written.
+    """
+    db, now = store.db, clock.now()
+    handler = registry.get(job.kind)
+    guard = fence if fence is not None else {"state": State.RUNNING.value, "lease_id": job.lease_id}
+    change: Document = {"state": state.value, "ended": now, "error": {"$literal": error}}
+    if state in (State.DONE, State.CANCELLED, State.SKIPPED):
+        change["forget"] = now + timedelta(days=store.settings.job.keep_ended_days)
+    if result is not None and (handler is None or handler.keeps_result):
+        change["result"] = {"$literal": result}
+    data = {"error": {"$literal": error}} if error else {}
+    update = [
+        {"$set": {**change, "log": appended(state.value, now, data)}},
+        {"$unset": ["lease_id", "lease_until", "wake", "cancel"]},
+    ]
+
+    def write(session: ClientSession | None) -> tuple[Followup, Opened]:
+        if db.jobs.update_one({"_id": job.id, **guard}, update, session=session).matched_count != 1:
+            raise LeaseLostError(job.id)
+        if handler is None or handler.on_end is None or session is None:
+            return Followup(), []
+        followup = handler.on_end(db, session, job, state, result, error)
+        opened = insert(db, followup.enqueue, session=session)
+        opened += _unblock(db, followup.release, session)
+        _skip(db, followup.skip, now, session)
+        return followup, opened
+
+    needs_transaction = handler is not None and handler.on_end is not None
+    _, opened = transact(store, write) if needs_transaction else write(None)
+    turns.open_many(db, opened)
+    return list(opened)
+
+
+def _unblock(db: Db, ids: Sequence[str], session: ClientSession) -> Opened:
+    if not ids:
+        return []
+    now = clock.now()
+    # A step skipped because of a dead one comes back when that one is replayed and succeeds.
+    blocked = {"_id": {"$in": list(ids)}, "state": {"$in": [State.BLOCKED.value, State.SKIPPED.value]}}
+    found = list(db.jobs.find(blocked, {"queue": 1, "priority": 1, "tenant": 1}, session=session))
+    db.jobs.update_many(
+        blocked,
+        [
+            {"$set": {"state": State.QUEUED.value, "due": now, "wake": now + GRACE, "log": appended("queued", now, {})}},
+            {"$unset": ["ended", "forget"]},
+        ],
+        session=session,
+    )
+    return [(document["queue"], document["priority"], document["tenant"], now) for document in found]
+
+
+def _skip(db: Db, ids: Sequence[str], now: datetime, session: ClientSession) -> None:
+    if ids:
+        db.jobs.update_many(
+            {"_id": {"$in": list(ids)}, "state": State.BLOCKED.value},
+            [{"$set": {"state": State.SKIPPED.value, "ended": now, "log": appended(State.SKIPPED.value, now, {})}}],
+            session=session,
+        )
+
+
+def put_back(db: Db, job: Job, *, after: float, reason: str, charged: bool) -> bool:
+    """Queue a running job again, `after` seconds from now; False when the lease is no longer held."""
+    now = clock.now()
+    due = now + timedelta(seconds=after)
+    written = db.jobs.update_one(
+        {"_id": job.id, "state": State.RUNNING.value, "lease_id": job.lease_id},
+        [
+            {
+                "$set": {
+                    "state": State.QUEUED.value,
+                    "due": due,
+                    "wake": max(due, now + GRACE),
+                    "failures": {"$add": ["$failures", 1 if charged else 0]},
+                    "error": {"$literal": reason},
+                    "log": appended("retry", now, {"after": after, "reason": {"$literal": reason}}),
+                }
+            },
+            {"$unset": ["lease_id", "lease_until"]},
+        ],
+    )
+    if written.matched_count:
+        turns.open_many(db, [(job.queue.value, job.priority, job.tenant, due)])
+    return written.matched_count == 1
+
+
+class NotPossibleError(Exception):
+    """The job's state does not allow what was asked; the text says which state and what is allowed."""
+
+
+def get(db: Db, tenant: str, job_id: str) -> Document | None:
+    return db.jobs.find_one({"_id": job_id, "tenant": tenant})
+
+
+def listing(
+    db: Db, tenant: str | None, *, state: str | None = None, after: str | None = None, limit: int = 100
+) -> list[Document]:
+    """Jobs, newest identifier first; `tenant=None` lists all tenants' and is for the operator only."""
+    query: Document = {}
+    if tenant is not None:
+        query["tenant"] = tenant
+    if state:
+        query["state"] = state
+    if after:
+        query["_id"] = {"$lt": after}
+    return list(db.jobs.find(query).sort("_id", -1).limit(limit))
+
+
+def cancel(store: Store, registry: Registry, tenant: str, job_id: str) -> Document | None:
+    """End a waiting job at once; ask the worker of a running one to stop. None: no such job of this tenant.
+
+    Raises:
+        NotPossibleError: the job has ended.
+    """
+    for _ in range(10):
+        document = get(store.db, tenant, job_id)
+        if document is None:
+            return None
+        state = State(document["state"])
+        if state in ENDED:
+            raise NotPossibleError(f"the job is {state.value}; only a waiting or running job can be cancelled")
+        if state is State.RUNNING:
+            asked = {"_id": job_id, "state": State.RUNNING.value}
+            if store.db.jobs.update_one(asked, {"$set": {"cancel": True}}).matched_count:
+                return get(store.db, tenant, job_id)
+            continue
+        try:
+            settle(store, registry, Job.from_document(document), State.CANCELLED, fence={"state": state.value})
+        except LeaseLostError:
+            continue
+        return get(store.db, tenant, job_id)
+    raise NotPossibleError("the job keeps changing its state; try again")
+
+
+def replay(store: Store, tenant: str | None, job_id: str) -> Document | None:
+    """Queue a dead job again with a clean record of failures. None: no such job.
+
+    Raises:
+        NotPossibleError: the job is not dead.
+    """
+    owner = {} if tenant is None else {"tenant": tenant}
+    now = clock.now()
+    document = store.db.jobs.find_one_and_update(
+        {"_id": job_id, "state": State.DEAD.value, **owner},
+        [
+            {
+                "$set": {
+                    "state": State.QUEUED.value,
+                    "due": now,
+                    "wake": now + GRACE,
+                    "failures": 0,
+                    "lost": 0,
+                    "log": appended("replayed", now, {}),
+                }
+            },
+            {"$unset": ["ended", "error", "deadline"]},
+        ],
+        return_document=ReturnDocument.AFTER,
+    )
+    if document is None:
+        found = store.db.jobs.find_one({"_id": job_id, **owner}, {"state": 1})
+        if found is None:
+            return None
+        raise NotPossibleError(f"the job is {found['state']}; only a dead job can be replayed")
+    turns.open_many(store.db, [(document["queue"], document["priority"], document["tenant"], now)])
+    return document
+
+
+def depth(db: Db) -> dict[str, dict[str, int]]:
+    """Jobs by queue and by state, of those that have not ended, and the dead."""
+    counts: dict[str, dict[str, int]] = {queue.value: {} for queue in Queue}
+    alive = [State.BLOCKED.value, State.QUEUED.value, State.RUNNING.value, State.DEAD.value]
+    for row in db.jobs.aggregate(
+        [{"$match": {"state": {"$in": alive}}}, {"$group": {"_id": {"queue": "$queue", "state": "$state"}, "n": {"$sum": 1}}}]
+    ):
+        counts.setdefault(row["_id"]["queue"], {})[row["_id"]["state"]] = row["n"]
+    return counts

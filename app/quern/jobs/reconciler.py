@@ -1,0 +1,113 @@
+"""The reconciler: mends what a crash left. Idempotent, so any number may run, anywhere."""
+
+import logging
+from datetime import timedelta
+
+from quern.jobs import queue, turns
+from quern.jobs.handler import Registry
+from quern.jobs.model import CONCURRENCY, Job, Queue, State
+from quern.jobs.wake import Waker
+from quern.observe import metrics
+from quern.store import clock
+from quern.store.connection import Store
+
+_log = logging.getLogger(__name__)
+_BATCH = 500
+
+
+def rescue(store: Store, registry: Registry) -> int:
+    """Take jobs back from workers whose lease ran out; bury those that ended too many workers. Returns how many."""
+    db, settings, now = store.db, store.settings.job, clock.now()
+    rescued = 0
+    expired = {"state": State.RUNNING.value, "lease_until": {"$lt": now}}
+    for document in db.jobs.find(expired).limit(_BATCH):
+        fence = {"lease_id": document["lease_id"], **expired}
+        metrics.RESCUED.labels(document["queue"]).inc()
+        if document["lost"] + 1 >= settings.max_lost_leases:
+            error = f"its worker vanished {settings.max_lost_leases} times; replay it once the cause is mended"
+            try:
+                queue.settle(store, registry, Job.from_document(document), State.DEAD, error=error, fence=fence)
+            except queue.LeaseLostError:
+                pass
+            continue
+        written = db.jobs.update_one(
+            {"_id": document["_id"], **fence},
+            [
+                {
+                    "$set": {
+                        "state": State.QUEUED.value,
+                        "due": now,
+                        "wake": now + queue.GRACE,
+                        "lost": {"$add": ["$lost", 1]},
+                        "log": queue.appended("rescued", now, {}),
+                    }
+                },
+                {"$unset": ["lease_id", "lease_until"]},
+            ],
+        )
+        if written.matched_count:
+            rescued += 1
+            turns.open_many(db, [(document["queue"], document["priority"], document["tenant"], now)])
+            _log.info("took a job back from a silent worker", extra={"job": document["_id"], "kind": document["kind"]})
+    return rescued
+
+
+def reopen(store: Store) -> int:
+    """Open turns for jobs whose `wake` has passed: whoever queued them died before it could. Returns how many."""
+    db, now = store.db, clock.now()
+    found = list(
+        db.jobs.find({"wake": {"$lte": now}}, {"queue": 1, "priority": 1, "tenant": 1, "due": 1, "wake": 1, "state": 1})
+        .sort("wake", 1)
+        .limit(_BATCH)
+    )
+    waiting = [document for document in found if document["state"] == State.QUEUED.value]
+    turns.open_many(db, [(job["queue"], job["priority"], job["tenant"], job["due"]) for job in waiting])
+    if found:
+        # Journaled after the turns, so a turn is never lost while its job's `wake` is gone.
+        db.jobs.update_many({"_id": {"$in": [job["_id"] for job in found]}, "wake": {"$lte": now}}, {"$unset": {"wake": ""}})
+    return len(waiting)
+
+
+def wake_ready(store: Store, waker: Waker) -> None:
+    """Send wake-ups for every queue in which a turn is due: a wiped Redis costs one reconciler period."""
+    for name in turns.ready_queues(store.db, clock.now()):
+        waker.wake(name, CONCURRENCY[Queue(name)])
+
+
+def expire(store: Store, registry: Registry) -> int:
+    """End queued jobs whose deadline has passed. Returns how many."""
+    db, now, ended = store.db, clock.now(), 0
+    overdue = {"state": {"$in": [State.QUEUED.value, State.BLOCKED.value]}, "deadline": {"$lt": now}}
+    for document in db.jobs.find(overdue).hint("deadline").limit(_BATCH):
+        fence = {"state": document["state"], "deadline": document["deadline"]}
+        try:
+            queue.settle(
+                store, registry, Job.from_document(document), State.DEAD, error="its deadline passed while it waited", fence=fence
+            )
+            ended += 1
+        except queue.LeaseLostError:
+            continue
+    return ended
+
+
+def reconcile(store: Store, registry: Registry, waker: Waker) -> None:
+    """One pass."""
+    rescue(store, registry)
+    reopen(store)
+    expire(store, registry)
+    wake_ready(store, waker)
+
+
+def observe(store: Store) -> None:
+    """Refresh the gauges of the queues."""
+    db, now = store.db, clock.now()
+    counts = queue.depth(db)
+    for name in Queue:
+        for state in (State.BLOCKED, State.QUEUED, State.RUNNING, State.DEAD):
+            metrics.QUEUE_DEPTH.labels(name.value, state.value).set(counts[name.value].get(state.value, 0))
+        oldest = now
+        for turn in db.turns.find({"queue": name.value, "ready": {"$lte": now}}).limit(100):
+            mine = {"queue": name.value, "priority": turn["priority"], "tenant": turn["tenant"], "state": State.QUEUED.value}
+            first = db.jobs.find_one(mine, {"due": 1}, sort=[("due", 1)])
+            oldest = min(oldest, first["due"]) if first else oldest
+        metrics.QUEUE_AGE.labels(name.value).set(max(timedelta(0), now - oldest).total_seconds())

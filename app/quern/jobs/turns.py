@@ -1,0 +1,90 @@
+"""Fairness: tenants take turns.
+
+One document for each queue, priority and tenant that has work: `{queue, priority, tenant, ready, turn, n}`. A claim
+takes the document whose turn is longest ago (among those of the best priority), puts it at the end, then claims that
+tenant's oldest job. So a flood of one tenant delays another's job by at most one job for each tenant that waits.
+
+`n` counts openings: a claimer that found nothing closes the turn only if nobody opened it in the meantime.
+Turns are written unjournaled, but always before the durable write that relies on them (MongoDB's journal is a
+sequence: what comes later is never kept without what came before).
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from pymongo import ReturnDocument, UpdateOne
+
+from quern.store.connection import EPHEMERAL, Db, Document
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is in a queue at a priority."""
+
+    id: str
+    queue: str
+    priority: int
+    tenant: str
+    n: int
+
+
+def _id(queue: str, priority: int, tenant: str) -> str:
+    return f"{queue}|{priority}|{tenant}"
+
+
+def open_many(db: Db, work: Iterable[tuple[str, int, str, datetime]]) -> None:
+    """Note that there is work: (queue, priority, tenant, due) of each job; earliest due wins."""
+    earliest: dict[tuple[str, int, str], datetime] = {}
+    for queue, priority, tenant, due in work:
+        key = (queue, priority, tenant)
+        earliest[key] = min(due, earliest.get(key, due))
+    if not earliest:
+        return
+    now = time.time()
+    db.turns.with_options(write_concern=EPHEMERAL).bulk_write(
+        [
+            UpdateOne(
+                {"_id": _id(*key)},
+                {
+                    "$min": {"ready": due},
+                    "$inc": {"n": 1},
+                    "$setOnInsert": {"queue": key[0], "priority": key[1], "tenant": key[2], "turn": now},
+                },
+                upsert=True,
+            )
+            for key, due in earliest.items()
+        ],
+        ordered=False,
+    )
+
+
+def take(db: Db, queue: str, now: datetime) -> Turn | None:
+    """The next turn of a queue, moved to the end of the round; None when no tenant has work that is due."""
+    document = db.turns.with_options(write_concern=EPHEMERAL).find_one_and_update(
+        {"queue": queue, "ready": {"$lte": now}},
+        {"$set": {"turn": time.time()}},
+        sort=[("priority", 1), ("turn", 1)],
+        return_document=ReturnDocument.AFTER,
+    )
+    return _turn(document) if document else None
+
+
+def close(db: Db, turn: Turn, next_due: datetime | None) -> None:
+    """End a turn that had no job due: put off until `next_due`, or drop it when nothing waits."""
+    unchanged = {"_id": turn.id, "n": turn.n}
+    turns = db.turns.with_options(write_concern=EPHEMERAL)
+    if next_due is None:
+        turns.delete_one(unchanged)
+    else:
+        turns.update_one(unchanged, {"$set": {"ready": next_due}})
+
+
+def ready_queues(db: Db, now: datetime) -> list[str]:
+    """Queues in which some tenant has work that is due."""
+    return [str(queue) for queue in db.turns.distinct("queue", {"ready": {"$lte": now}})]
+
+
+def _turn(document: Document) -> Turn:
+    return Turn(document["_id"], document["queue"], document["priority"], document["tenant"], document["n"])

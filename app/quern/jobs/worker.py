@@ -1,0 +1,229 @@
+"""A worker: Huey's consumer of one queue, which on each wake-up claims and runs jobs until none is due."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from huey.consumer import Consumer
+from pymongo.errors import PyMongoError
+
+from quern.jobs import backoff, estimate, queue, wake
+from quern.jobs.handler import Context, Handler, Refused, Registry, RetryLater
+from quern.jobs.model import CONCURRENCY, Job, Queue, State
+from quern.observe import logs, metrics, traces
+from quern.store import clock
+from quern.store.connection import Store, is_away
+
+_log = logging.getLogger(__name__)
+
+
+class Leases:
+    """The leases that this process holds, and the one thread that keeps them."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[Job, threading.Event, float]] = {}
+        self.cancelled: set[str] = set()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def hold(self, job: Job, stop: threading.Event) -> None:
+        with self._lock:
+            self._held[job.lease_id] = (job, stop, time.monotonic())
+
+    def release(self, job: Job) -> None:
+        with self._lock:
+            self._held.pop(job.lease_id, None)
+            self.cancelled.discard(job.lease_id)
+
+    def held(self) -> list[Job]:
+        with self._lock:
+            return [job for job, _, _ in self._held.values()]
+
+    def stop_all(self) -> None:
+        """Tell every running handler to give up at its next good place."""
+        with self._lock:
+            for _, stop, _ in self._held.values():
+                stop.set()
+
+    def _beat(self) -> None:
+        while True:
+            lease = self._store.settings.job.lease
+            time.sleep(lease / 4)
+            with self._lock:
+                before = dict(self._held)
+            if not before:
+                continue
+            try:
+                kept, cancelled = queue.extend(self._store.db, list(before), lease)
+            except PyMongoError as error:
+                _log.warning("a heartbeat failed; trying again", extra={"error": type(error).__name__})
+                continue
+            with self._lock:
+                for lease_id, (job, stop, since) in before.items():
+                    if lease_id not in self._held:
+                        continue
+                    if lease_id in cancelled:
+                        self.cancelled.add(lease_id)
+                        stop.set()
+                    elif lease_id not in kept and time.monotonic() - since > 1.0:
+                        metrics.LEASES_LOST.labels(job.queue.value).inc()
+                        stop.set()
+
+
+class Worker:
+    """Runs the jobs of one queue until told to stop."""
+
+    def __init__(self, store: Store, registry: Registry, waker: wake.Waker, name: Queue, concurrency: int | None = None) -> None:
+        self._store, self._registry, self._waker, self._queue = store, registry, waker, name
+        self._concurrency = concurrency or CONCURRENCY[name]
+        self._leases = Leases(store)
+        self._stopping: Callable[[], bool] = lambda: False
+        self._learned: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Consume until SIGINT (finish what runs, then hand leases back) or SIGTERM (hand them back at once)."""
+        settings = self._store.settings
+        huey = wake.make_huey(self._queue.value, settings.redis_queue_url.get_secret_value(), timeout=5.0)
+        wake.bind(huey, self.drain)
+        consumer = Consumer(
+            huey,
+            workers=self._concurrency,
+            periodic=False,
+            worker_type="thread",
+            initial_delay=0.1,
+            backoff=1.5,
+            max_delay=2.0,
+            scheduler_interval=60,
+            shutdown_timeout=settings.job.drain_timeout,
+        )
+        self._stopping = consumer.stop_flag.is_set
+        _log.info("worker started", extra={"queue": self._queue.value, "concurrency": self._concurrency, "pid": os.getpid()})
+        threading.Thread(target=self._drain_at_start, name="first drain", daemon=True).start()
+        consumer.run()
+        self._hand_back()
+
+    def _drain_at_start(self) -> None:
+        # Work may have been waiting while no worker lived and its wake-ups were merged or lost.
+        self._waker.wake(self._queue.value, self._concurrency)
+
+    def _hand_back(self) -> None:
+        self._leases.stop_all()
+        for job in self._leases.held():
+            try:
+                if queue.put_back(self._store.db, job, after=0, reason="the worker was stopped", charged=False):
+                    self._waker.wake(self._queue.value)
+            except PyMongoError:
+                _log.warning("could not hand a lease back; it runs out by itself", extra={"job": job.id})
+
+    def drain(self) -> None:
+        """Claim and run until no job is due. What the one Huey task does."""
+        while not self._stopping():
+            try:
+                job = queue.claim(self._store.db, self._queue.value, self._store.settings.job.lease)
+            except PyMongoError as error:
+                _log.warning("could not claim; the reconciler will wake us", extra={"error": type(error).__name__})
+                return
+            if job is None:
+                return
+            self.run_one(job)
+
+    def run_one(self, job: Job) -> None:
+        """Run a claimed job and write how it ended."""
+        stop = threading.Event()
+        self._leases.hold(job, stop)
+        token = logs.request_id.set(job.request_id)
+        began = time.monotonic()
+        try:
+            with traces.span(f"job {job.kind}", job.traceparent, **{"quern.job": job.id, "quern.queue": job.queue.value}) as parent:
+                state = self._run(job, Context(self._store, stop, parent))
+        finally:
+            self._leases.release(job)
+            logs.request_id.reset(token)
+        seconds = time.monotonic() - began
+        metrics.JOB_SECONDS.labels(job.queue.value, job.kind).observe(seconds)
+        if state == State.DONE.value:
+            self._learn(job, seconds)
+        metrics.ENDED.labels(job.queue.value, job.kind, state).inc()
+
+    def _learn(self, job: Job, seconds: float) -> None:
+        """Keep the mean duration of the kind; a few samples a second are enough, and cost a busy queue nothing."""
+        if time.monotonic() - self._learned.get(job.kind, 0.0) < 0.2:
+            return
+        self._learned[job.kind] = time.monotonic()
+        try:
+            estimate.learn(self._store.db, job.queue.value, job.kind, seconds)
+        except PyMongoError:
+            _log.debug("could not keep a duration")
+
+    def _run(self, job: Job, context: Context) -> str:
+        handler = self._registry.get(job.kind)
+        if handler is None:
+            return self._retry(job, None, RetryLater(f"no handler for {job.kind} in this version", after=10, charged=False))
+        if job.deadline is not None and job.deadline < clock.now():
+            return self._settle(job, State.DEAD, error="its deadline passed while it waited")
+        try:
+            result = handler.run(job, context)
+        except Refused as verdict:
+            return self._settle(job, State.DEAD, error=verdict.reason)
+        except RetryLater as verdict:
+            return self._ended_by_stop(job, context) or self._retry(job, handler, verdict)
+        except Exception as error:
+            stopped = self._ended_by_stop(job, context)
+            if stopped:
+                return stopped
+            away = is_away(error)
+            if not away:
+                _log.exception("a job failed", extra={"job": job.id, "kind": job.kind})
+            reason = "the database was out of reach" if away else f"unexpected {type(error).__name__}"
+            return self._retry(job, handler, RetryLater(reason, charged=not away))
+        return self._settle(job, State.DONE, result=result)
+
+    def _ended_by_stop(self, job: Job, context: Context) -> str | None:
+        """What to do with a handler that failed after it was told to stop: that is no failure of the job."""
+        if not context.stop.is_set():
+            return None
+        if job.lease_id in self._leases.cancelled:
+            return self._settle(job, State.CANCELLED)
+        return self._retry(job, None, RetryLater("the worker was stopped", after=0, charged=False))
+
+    def _retry(self, job: Job, handler: Handler | None, verdict: RetryLater) -> str:
+        settings = self._store.settings.job
+        most = (handler.max_failures if handler else None) or settings.max_failures
+        failures = job.failures + (1 if verdict.charged else 0)
+        if verdict.last or (verdict.charged and failures >= most):
+            return self._settle(job, State.DEAD, error=verdict.reason)
+        after = verdict.after
+        if after is None:
+            after = backoff.delay(max(failures, 1), settings.backoff_base, settings.backoff_cap)
+
+        def write() -> str:
+            held = queue.put_back(self._store.db, job, after=after, reason=verdict.reason, charged=verdict.charged)
+            return "retry" if held else "lost"
+
+        return self._persist(job, write)
+
+    def _settle(self, job: Job, state: State, result: dict[str, object] | None = None, error: str | None = None) -> str:
+        def write() -> str:
+            opened = queue.settle(self._store, self._registry, job, state, result=result, error=error)
+            self._waker.wake_all(opened)
+            return state.value
+
+        return self._persist(job, write)
+
+    def _persist(self, job: Job, write: Callable[[], str]) -> str:
+        """Write an end, again and again while the database is away and our lease can still be held."""
+        patience = time.monotonic() + max(30.0, self._store.settings.job.lease)
+        while True:
+            try:
+                return write()
+            except queue.LeaseLostError:
+                _log.info("lost the lease of a job; its next worker does it again", extra={"job": job.id})
+                return "lost"
+            except PyMongoError as error:
+                if not is_away(error) or time.monotonic() > patience:
+                    _log.exception("could not write how a job ended", extra={"job": job.id, "kind": job.kind})
+                    return "lost"
+                time.sleep(0.2)

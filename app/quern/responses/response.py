@@ -1,0 +1,136 @@
+"""Stored responses: read, list, export, erase."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo.client_session import ClientSession
+
+from quern.audit.entry import entry
+from quern.jobs.model import ENDED, State
+from quern.store import clock
+from quern.store.connection import Db, Document
+
+INDEXES = {
+    "responses": [
+        IndexModel([("outbox.at", ASCENDING)], sparse=True, name="outbox"),
+        IndexModel([("tenant", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_tenant"),
+        IndexModel([("tenant", ASCENDING), ("form", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_form"),
+    ],
+}
+
+#: What leaves the database for a client; the outbox and the audit key never do.
+_SHOWN = {"outbox": 0, "audit_key": 0, "fingerprint": 0}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which responses. Times are half-open: from `created_from` on, before `created_before`."""
+
+    form: str | None = None
+    status: str | None = None
+    created_from: datetime | None = None
+    created_before: datetime | None = None
+    answers: dict[str, str | float | bool] = field(default_factory=dict)
+    """Field to the value it must have."""
+
+    def query(self, tenant: str) -> Document:
+        query: Document = {"tenant": tenant, "erased": {"$exists": False}}
+        if self.form:
+            query["form"] = self.form
+        if self.status:
+            query["status"] = self.status
+        created: Document = {}
+        if self.created_from:
+            created["$gte"] = self.created_from
+        if self.created_before:
+            created["$lt"] = self.created_before
+        if created:
+            query["created"] = created
+        for name, value in self.answers.items():
+            query[f"answers.{name}"] = {"$eq": value}
+        return query
+
+
+def get(db: Db, tenant: str, response: str) -> Document | None:
+    """A response, or the mark that one was erased (`erased` is set, `answers` are gone)."""
+    return db.responses.find_one({"_id": response, "tenant": tenant}, _SHOWN)
+
+
+def listing(db: Db, tenant: str, where: Filter, *, after: list[str] | None, limit: int) -> list[Document]:
+    """Responses, newest first."""
+    query = where.query(tenant)
+    if after:
+        at = datetime.fromisoformat(after[0])
+        query["$or"] = [{"created": {"$lt": at}}, {"created": at, "_id": {"$lt": after[1]}}]
+        # The same bound once more where the index can use it.
+        query["created"] = {**query.get("created", {}), "$lte": at}
+    return list(db.responses.find(query, _SHOWN).sort([("created", -1), ("_id", -1)]).limit(limit))
+
+
+def stream(db: Db, tenant: str, where: Filter) -> Iterator[Document]:
+    """Every response, oldest first, a batch at a time."""
+    yield from db.responses.find(where.query(tenant), _SHOWN).sort([("created", 1), ("_id", 1)]).batch_size(200)
+
+
+def erase(
+    db: Db, tenant: str, response: str, actor: str, request_id: str | None, session: ClientSession
+) -> bool | None:
+    """Make a person's answers and everything derived from them vanish. None: no such response; False: erased before.
+
+    What stays is the mark that there was one. Waiting jobs are cancelled; a running one finds nothing to write to. The
+    key of its audit entries goes too, so that the chain holds and says nothing of the person.
+    """
+    document = db.responses.find_one({"_id": response, "tenant": tenant}, session=session)
+    if document is None:
+        return None
+    if "erased" in document:
+        return False
+    now = clock.now()
+    kept: Document = {name: document[name] for name in ("_id", "tenant", "form", "version", "created")}
+    db.responses.replace_one(
+        {"_id": response, "tenant": tenant}, {**kept, "status": "erased", "erased": now}, session=session
+    )
+    if "outbox" in document:
+        submitted = document["outbox"]["audit"]
+        if db.audit.find_one({"_id": submitted["_id"]}, {"_id": 1}, session=session) is None:
+            db.audit.insert_one(submitted, session=session)
+    db.jobs.update_many(
+        {"subject": response, "tenant": tenant},
+        [
+            {
+                "$set": {
+                    "state": {
+                        "$cond": [{"$in": ["$state", [state.value for state in ENDED]]}, "$state", State.CANCELLED.value]
+                    },
+                    "ended": {"$ifNull": ["$ended", now]},
+                    "erased": now,
+                    "payload": {"step": "$payload.step"},
+                }
+            },
+            {"$unset": ["result", "error", "lease_id", "lease_until", "wake"]},
+        ],
+        session=session,
+    )
+    db.webhook_deliveries.update_many(
+        {"response": response, "tenant": tenant}, {"$unset": {"excerpt": ""}}, session=session
+    )
+    record = entry(tenant, actor, "response.erased", response, request_id=request_id, at=now)
+    db.audit.insert_one(record, session=session)
+    return True
+
+
+def matching(db: Db, tenant: str, where: Filter, limit: int) -> list[str]:
+    """Identifiers of responses that a request for erasure by an answer covers."""
+    return [row["_id"] for row in db.responses.find(where.query(tenant), {"_id": 1}).limit(limit)]
+
+
+def flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested answers as dotted columns; lists stay values."""
+    for name, value in document.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,99 @@
+"""The connection to MongoDB: one client a process, made again when its credentials change."""
+
+import os
+import threading
+from typing import Any
+
+from pymongo import MongoClient, WriteConcern
+from pymongo.collection import Collection
+from pymongo.database import Database
+from pymongo.errors import (
+    AutoReconnect,
+    ConnectionFailure,
+    ExecutionTimeout,
+    NetworkTimeout,
+    NotPrimaryError,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WTimeoutError,
+)
+
+from quern.config import LiveSettings, Settings
+
+Document = dict[str, Any]
+Db = Database[Document]
+Coll = Collection[Document]
+
+#: For what may be lost in a power cut and is made again: claims, turns, heartbeats.
+EPHEMERAL = WriteConcern(w=1, j=False)
+
+_AWAY = (
+    ServerSelectionTimeoutError,
+    NetworkTimeout,
+    NotPrimaryError,
+    AutoReconnect,
+    ConnectionFailure,
+    ExecutionTimeout,
+    WTimeoutError,
+)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the database is out of reach, so that the same request may succeed a little later."""
+    if isinstance(error, _AWAY):
+        return True
+    if isinstance(error, OperationFailure) and error.code in (91, 11600, 11602, 189, 10107, 13435, 13436, 262, 24):
+        return True
+    return isinstance(error, PyMongoError) and (error.timeout or error.has_error_label("TransientTransactionError"))
+
+
+def connect(settings: Settings) -> MongoClient[Document]:
+    """A client whose writes are acknowledged by the journal of a majority, and which fails fast."""
+    return MongoClient(
+        settings.mongodb_uri.get_secret_value(),
+        w="majority",
+        journal=True,
+        readConcernLevel="local",
+        tz_aware=True,
+        retryWrites=True,
+        serverSelectionTimeoutMS=2000,
+        connectTimeoutMS=2000,
+        appname="quern",
+    )
+
+
+class Store:
+    """The database of this process.
+
+    Safe over `fork`: a child makes its own client. Safe over rotation: a changed URI makes a new client, and the old
+    one closes when the threads that hold it are done with it.
+    """
+
+    def __init__(self, live: LiveSettings) -> None:
+        self._live = live
+        self._lock = threading.Lock()
+        self._client: MongoClient[Document] | None = None
+        self._uri = ""
+        self._pid = 0
+
+    @property
+    def settings(self) -> Settings:
+        return self._live.get()
+
+    @property
+    def client(self) -> MongoClient[Document]:
+        settings = self._live.get()
+        uri = settings.mongodb_uri.get_secret_value()
+        client = self._client
+        if client is None or self._pid != os.getpid() or self._uri != uri:
+            with self._lock:
+                client = self._client
+                if client is None or self._pid != os.getpid() or self._uri != uri:
+                    client = self._client = connect(settings)
+                    self._uri, self._pid = uri, os.getpid()
+        return client
+
+    @property
+    def db(self) -> Db:
+        return self.client[self._live.get().mongodb_database]

@@ -1,0 +1,79 @@
+"""The relay: turns the outbox that a response carries into jobs and an audit entry, and wakes the queues.
+
+Idempotent: what it makes has derived identifiers, so a relay that dies anywhere is simply run again.
+"""
+
+import logging
+import threading
+
+from pymongo import UpdateOne
+from pymongo.errors import BulkWriteError, PyMongoError
+from redis.exceptions import RedisError
+
+from quern.forms.form import Versions
+from quern.jobs import queue, turns
+from quern.jobs.model import NewJob
+from quern.jobs.wake import RELAY, Waker, make_huey
+from quern.observe import metrics
+from quern.store import clock
+from quern.store.connection import Document, Store
+from quern.workflows import run
+from quern.workflows.definition import parsed
+
+_log = logging.getLogger(__name__)
+_BATCH = 200
+
+
+def drain(store: Store, versions: Versions, waker: Waker) -> int:
+    """Relay one batch of outboxes, oldest first; returns how many."""
+    db = store.db
+    found = list(db.responses.find({"outbox.at": {"$exists": True}}).sort("outbox.at", 1).limit(_BATCH))
+    if not found:
+        metrics.OUTBOX_LAG.set(0)
+        return 0
+    metrics.OUTBOX_LAG.set((clock.now() - found[0]["outbox"]["at"]).total_seconds())
+    jobs: list[NewJob] = []
+    for response in found:
+        version = versions.get(db, response["tenant"], response["form"], response["version"])
+        if version is None:
+            _log.error("a response's form version is missing", extra={"response": response["_id"]})
+            continue
+        jobs += run.jobs(parsed(version.workflow), response)
+    opened = queue.insert(db, jobs)
+    _record(store, [response["outbox"]["audit"] for response in found])
+    turns.open_many(db, opened)
+    # Last, and journaled: from here on the jobs stand by themselves.
+    db.responses.bulk_write(
+        [UpdateOne({"_id": response["_id"], "outbox.at": response["outbox"]["at"]}, {"$unset": {"outbox": ""}}) for response in found],
+        ordered=False,
+    )
+    metrics.FANNED_OUT.inc(len(found))
+    waker.wake_all(opened)
+    return len(found)
+
+
+def _record(store: Store, entries: list[Document]) -> None:
+    try:
+        store.db.audit.insert_many(entries, ordered=False)
+    except BulkWriteError as error:
+        if any(item.get("code") != 11000 for item in error.details.get("writeErrors", [])):
+            raise
+
+
+def main(store: Store, waker: Waker, stop: threading.Event) -> None:
+    """Relay until `stop`: at once on a wake-up, else every half second."""
+    versions = Versions()
+    huey = make_huey(RELAY, store.settings.redis_queue_url.get_secret_value(), timeout=3.0)
+    huey.storage.read_timeout = 0.5
+    while not stop.is_set():
+        try:
+            while not stop.is_set() and drain(store, versions, waker):
+                pass
+        except PyMongoError as error:
+            _log.warning("the relay waits for the database", extra={"error": type(error).__name__})
+            stop.wait(0.5)
+            continue
+        try:
+            huey.storage.dequeue()
+        except (RedisError, OSError):
+            stop.wait(0.2)
