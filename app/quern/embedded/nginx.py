@@ -68,9 +68,7 @@ class Nginx(ChildProcess):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for pattern in event_streams:
             if re.search(r'["\s;]', pattern):
-                raise ValueError(
-                    f"nginx: expected a path pattern without quotes, spaces or semicolons, found {pattern!r}"
-                )
+                raise ValueError(f"nginx: expected a pattern without quotes, spaces or semicolons, found {pattern!r}")
         templates = Environment(
             loader=PackageLoader("quern.embedded", "templates"),
             undefined=StrictUndefined,

@@ -162,6 +162,7 @@ class SmtpSink:
             auth_required=self._credentials is not None,
             # aiosmtpd counts only STARTTLS as TLS; with implicit TLS the connection is protected all the same.
             auth_require_tls=self._tls == "starttls",
+            timeout=60,
             loop=self._loop,
         )
 
@@ -170,4 +171,5 @@ class SmtpSink:
     ) -> AuthResult:
         user, password = self._credentials or ("", "")
         known = isinstance(login, LoginPassword) and login == LoginPassword(user.encode(), password.encode())
-        return AuthResult(success=known)
+        # "handled" would mean that the answer is already sent, and leave the client waiting for it.
+        return AuthResult(success=known, handled=False)
