@@ -38,7 +38,8 @@ def blueprint(edge: Edge) -> Blueprint:
         if log.ended and after >= log.last:
             # To an EventSource, any other answer means: connect again.
             return Response(status=204)
-        body = b"" if request.method == "HEAD" else _stream(edge, principal, subscription, log, after)
+        authorization = request.headers["Authorization"]
+        body = b"" if request.method == "HEAD" else _stream(edge, principal, authorization, subscription, after)
         response = Response(
             body, content_type=sse.CONTENT_TYPE, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
@@ -66,12 +67,11 @@ async def _first_read(edge: Edge, subscription: Subscription) -> JobLog | None:
 
 
 async def _stream(
-    edge: Edge, principal: Principal, subscription: Subscription, log: JobLog | None, after: int
+    edge: Edge, principal: Principal, authorization: str, subscription: Subscription, after: int
 ) -> AsyncIterator[bytes]:
-    authorization = request.headers["Authorization"]
     checked = time.monotonic()
     yield sse.retry(_RETRY_MILLISECONDS)
-    while log is not None:
+    while (log := subscription.log) is not None:
         if fresh := log.after(after):
             after = log.last
             yield b"".join(fresh)
@@ -92,7 +92,6 @@ async def _stream(
             checked = time.monotonic()
             if not await _still_allowed(edge, principal, authorization):
                 return
-        log = subscription.log
 
 
 async def _still_allowed(edge: Edge, principal: Principal, authorization: str) -> bool:
