@@ -1,0 +1,58 @@
+# `make` lists the targets. The first `make demo` or `make test` sets everything up; later ones start in seconds.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+CACHE := $(or $(QUERN_CACHE),$(HOME)/.cache/quern)
+UV_VERSION := 0.13.9
+UV := $(CACHE)/uv/$(UV_VERSION)/bin/uv
+UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+# The scripts carry no suffix by which a linter would know them.
+PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* .ci/*)
+SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* .ci/*)
+
+.PHONY: help setup demo demo-check test lint test-app format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## packages, virtual environment, llama.cpp, models, services
+	@scripts/setup
+
+demo: setup ## run the whole service with a sample form, and stay up until interrupted
+	@$(BIN)/python -m quern.embedded.demo
+
+demo-check: setup ## the same without staying up: exit 0 only if every result is there and right
+	@$(BIN)/python -m quern.embedded.demo --check
+
+test: lint test-app ## everything that CI runs
+
+lint: setup ## style, types, shell, pinned requirements
+	$(BIN)/ruff check . $(PYTHON_SCRIPTS)
+	$(BIN)/ruff format --check . $(PYTHON_SCRIPTS)
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	$(BIN)/python scripts/check-requirements
+	$(BIN)/python scripts/check-registries
+
+test-app: setup ## the Python package's tests, with real services
+	$(BIN)/python -m pytest tests/app tests/test_skip_policy.py
+
+format: setup ## mend what can be mended by itself
+	$(BIN)/ruff check --fix . $(PYTHON_SCRIPTS)
+	$(BIN)/ruff format . $(PYTHON_SCRIPTS)
+
+$(UV):
+	python3 -m venv $(CACHE)/uv/$(UV_VERSION)
+	$(CACHE)/uv/$(UV_VERSION)/bin/pip install --quiet uv==$(UV_VERSION)
+
+lock: $(UV) ## pin every requirement again, with hashes
+	$(UV_COMPILE) app/requirements.in -o requirements.txt
+	for source in requirements*.in; do $(UV_COMPILE) "$$source" -o "$${source%.in}.txt"; done
+
+clean: ## remove what was made in this folder (the caches outside it stay)
+	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis app/*.egg-info
+	find app tests bench scripts -name __pycache__ -prune -exec rm -rf {} +
