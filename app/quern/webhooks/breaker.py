@@ -72,23 +72,18 @@ def failed(
     state: BreakerState, *, now: datetime, settings: WebhookSettings, throttle: timedelta | None = None
 ) -> BreakerState:
     """One more failure; `throttle` is what the receiver asked for, and opens the circuit at once for that long."""
-    failures = state.failures + 1
-    failing_since = state.failing_since or now
-    counted = state.model_copy(update={"failures": failures, "failing_since": failing_since})
-    if state.circuit is Circuit.CLOSED and failures < settings.breaker_threshold and throttle is None:
+    counted = state.model_copy(update={"failures": state.failures + 1, "failing_since": state.failing_since or now})
+    asked = now + (throttle or timedelta(0))
+    if state.circuit is Circuit.OPEN:
+        # A delivery that was under way when the circuit opened: only what the receiver asks for is news.
+        return counted.model_copy(update={"until": max(asked, state.until or asked)})
+    if state.circuit is Circuit.CLOSED and counted.failures < settings.breaker_threshold and throttle is None:
         return counted
-    if state.circuit is Circuit.OPEN and throttle is None:
-        # A delivery that was under way when the circuit opened says nothing new.
-        return counted
-    doublings = min(state.openings, 30)
-    pause = min(settings.breaker_cooldown_seconds * 2**doublings, settings.breaker_cooldown_cap_seconds)
-    until = now + max(timedelta(seconds=pause), throttle or timedelta(0))
+    # 2 ** 30 seconds is beyond any cap, and a float beyond 2 ** 1023 would overflow.
+    pause = settings.breaker_cooldown_seconds * 2 ** min(state.openings, 30)
+    until = now + timedelta(seconds=min(pause, settings.breaker_cooldown_cap_seconds))
     return counted.model_copy(
-        update={
-            "circuit": Circuit.OPEN,
-            "openings": state.openings if state.circuit is Circuit.OPEN else state.openings + 1,
-            "until": max(until, state.until) if state.circuit is Circuit.OPEN and state.until else until,
-        }
+        update={"circuit": Circuit.OPEN, "openings": state.openings + 1, "until": max(asked, until)}
     )
 
 
