@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from quern.events.settings import EventSettings
+from quern.events.settings import EventSettings
 from quern.mail.settings import MailSettings
 from quern.webhooks.settings import WebhookSettings
 

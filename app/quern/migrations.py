@@ -24,3 +24,13 @@ def migrate(db: Db) -> list[str]:
         if name not in present:
             db.create_collection(name, check_exists=False)
     return made
+
+
+def missing(db: Db) -> list[str]:
+    """`collection.index` of every index that `migrate` would create."""
+    absent = []
+    for indexes in _ALL:
+        for collection, models in indexes.items():
+            present = set(db[collection].index_information())
+            absent += [f"{collection}.{item.document['name']}" for item in models if item.document["name"] not in present]
+    return absent

@@ -1,13 +1,22 @@
 """What a process is made of: settings, stores, the wake-ups and the handlers, put together in one place."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 
+import pymongo
+from pymongo.errors import PyMongoError
+from redis.exceptions import RedisError
+
+from quern.audit import chain
 from quern.config import LiveSettings, Settings
-from quern.forms.form import Versions
-from quern.inference.client import EngineClient
+from quern.forms.form import OpenForms, Versions
+from quern.inference.client import EngineClient, EngineError
+from quern.jobs import reconciler
 from quern.jobs.handler import Registry, Tick
-from quern.jobs.wake import Waker
+from quern.jobs.scheduler import Chore
+from quern.jobs.wake import Nudger, Waker
+from quern.observe import metrics
 from quern.store.connection import Store
 from quern.store.redis_connection import connect
 from quern.store.vault import Vault
@@ -15,6 +24,8 @@ from quern.tenants.keys import Authenticator
 from quern.tenants.limit import Limiter
 from quern.webhooks.deliver import client_tls
 from quern.workflows.handlers import Steps
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +71,56 @@ class Runtime:
         steps = Steps(self.engine, self.versions, client_tls(self.settings.webhook))
         return Registry([*steps.handlers(self.settings.webhook)])
 
+    @cached_property
+    def open_forms(self) -> OpenForms:
+        return OpenForms()
+
+    @cached_property
+    def _nudger(self) -> Nudger:
+        return Nudger(self.waker)
+
+    def nudge(self, queue: str) -> None:
+        """Wake a queue soon, without making the caller wait."""
+        self._nudger.nudge(queue)
+
+    def forget(self, tenant: str) -> None:
+        """After an erasure: have the engine drop what its caches hold of a tenant's texts."""
+        try:
+            self.engine.purge(tenant)
+        except EngineError:
+            # An engine that is away holds nothing; it keeps its caches in memory only.
+            _log.info("the engine could not be asked to forget", extra={"tenant": tenant})
+
+    def unready(self) -> list[str]:
+        """What keeps this process from serving; empty when nothing does."""
+        problems = []
+        try:
+            with pymongo.timeout(1.0):
+                self.store.client.admin.command("ping")
+        except PyMongoError as error:
+            problems.append(f"MongoDB: {type(error).__name__}")
+        try:
+            connect(self.settings.redis_queue_url.get_secret_value(), timeout=1.0).ping()
+        except RedisError as error:
+            problems.append(f"Redis: {type(error).__name__}")
+        return problems
+
     @property
     def ticks(self) -> list[Tick]:
         """Periodic jobs."""
         return []
+
+    @property
+    def chores(self) -> list[Chore]:
+        """What one scheduler does now and then."""
+
+        def seal() -> None:
+            key = self.settings.audit_key.get_secret_value().encode()
+            while chain.seal_pending(self.store.db, key):
+                pass
+            metrics.UNSEALED.set(0)
+
+        return [
+            Chore("seal the audit log", 1.0, seal),
+            Chore("observe the queues", 5.0, lambda: reconciler.observe(self.store)),
+        ]

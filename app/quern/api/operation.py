@@ -5,12 +5,13 @@ an unsafe one in a transaction, with its audit entry and its idempotency record.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
 import pymongo
+import pymongo.errors
 from flask import Blueprint, Response, current_app, g, request
 from opentelemetry import trace
 from pydantic import BaseModel, ValidationError
@@ -252,13 +253,9 @@ def _abandon(db: Db, kept: idempotency.Record) -> None:
 
 def _respond(reply: Reply) -> Response:
     if reply.stream is not None:
-        return Response(_ended_by_client(reply.stream), reply.status, reply.headers, mimetype=reply.media_type)
+        return Response(reply.stream, reply.status, reply.headers, mimetype=reply.media_type)
     data = b"" if reply.body is None else dump(reply.body)
     return Response(data, reply.status, reply.headers, mimetype=reply.media_type if data else None)
-
-
-def _ended_by_client(stream: Iterable[bytes]) -> Iterator[bytes]:
-    yield from stream
 
 
 def dump(model: BaseModel) -> bytes:

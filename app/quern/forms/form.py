@@ -1,8 +1,9 @@
 """Forms: a draft that changes, versions that never do, and a state (draft, open, closed)."""
 
+import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from pymongo import ASCENDING, DESCENDING, IndexModel, ReturnDocument
@@ -161,6 +162,42 @@ class Versions:
         if document is None:
             raise KeyError(form, number)
         return Version(form, document["tenant"], number, document["name"], document["definition"], document["workflow"])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What intake must know of a form."""
+
+    status: str
+    version: int | None
+
+
+class OpenForms:
+    """Standings of forms, kept for TTL seconds: closing or publishing takes hold everywhere after that time at the latest."""
+
+    TTL: Final = 1.0
+    _MOST: Final = 10_000
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], tuple[float, Standing]] = {}
+
+    def get(self, db: Db, tenant: str, form: str) -> Standing | None:
+        """The standing, or None when the tenant has no such form."""
+        kept = self._kept.get((tenant, form))
+        if kept and time.monotonic() - kept[0] < self.TTL:
+            return kept[1]
+        document = db.forms.find_one({"_id": form, "tenant": tenant}, {"status": 1, "version": 1})
+        if document is None:
+            return None
+        if len(self._kept) >= self._MOST:
+            self._kept.clear()
+        standing = Standing(document["status"], document["version"])
+        self._kept[(tenant, form)] = (time.monotonic(), standing)
+        return standing
+
+    def drop(self, tenant: str, form: str) -> None:
+        """Forget one standing: this process has just changed it."""
+        self._kept.pop((tenant, form), None)
 
 
 def _dump(definition: Any, workflow: Any) -> Document:

@@ -70,32 +70,48 @@ class ChatTemplate:
         nonce = secrets.token_hex(12)
         texts: list[str] = []
 
-        def mark(value: Any) -> Any:
+        def mark(value: str) -> str:
+            # The blanks tell whether the template trims its texts: then they are gone from around the mark.
+            texts.append(value)
+            return f" q{nonce}x{len(texts) - 1}y "
+
+        def mark_within(value: Any) -> Any:
+            # Templates look into tools and calls, so only what could forge a control token is marked there.
             if isinstance(value, str):
-                texts.append(value)
-                # The blanks tell whether the template trims its texts: then they are gone from around the mark.
-                return f" q{nonce}x{len(texts) - 1}y "
+                return (
+                    mark(json.dumps(value, ensure_ascii=False)[1:-1])
+                    if self._vocabulary.has_control_text(value)
+                    else value
+                )
             if isinstance(value, list):
-                return [mark(item) for item in value]
+                return [mark_within(item) for item in value]
             if isinstance(value, dict):
-                return {str(key): mark(item) for key, item in value.items()}
+                return {mark_within(str(key)): mark_within(item) for key, item in value.items()}
             return value
 
         turns = []
         for message in messages:
-            turn = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
+            turn = message.model_dump(exclude_none=True, exclude={"content", "tool_calls", "name"})
             turn["content"] = mark(message.content)
+            if message.name is not None:
+                turn["name"] = mark_within(message.name)
             if message.tool_calls:
-                turn["tool_calls"] = message.tool_calls
+                turn["tool_calls"] = mark_within(message.tool_calls)
             turns.append(turn)
         try:
             rendered = self._template.render(
-                messages=turns, tools=tools, add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
+                messages=turns,
+                tools=mark_within(tools),
+                add_generation_prompt=True,
+                bos_token=self._bos,
+                eos_token=self._eos,
             )
         except TemplateError as error:
             raise TemplateRefusedError(f"the model's chat template refuses these messages: {error}") from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
-            raise TemplateRefusedError(f"the model's chat template fails on these messages: {type(error).__name__}") from error
+            raise TemplateRefusedError(
+                f"the model's chat template fails on these messages: {type(error).__name__}"
+            ) from error
         return self._tokenize(rendered, nonce, texts)
 
     def _tokenize(self, rendered: str, nonce: str, texts: list[str]) -> list[int]:

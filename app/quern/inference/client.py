@@ -148,13 +148,21 @@ class EngineClient:
                     yield Generation.model_validate(event.data)
                     return
 
-    def embed(self, tenant: str, texts: list[str], *, priority: Priority = "batch", deadline: float | None = None) -> list[list[float]]:
+    def embed(
+        self, tenant: str, texts: list[str], *, priority: Priority = "batch", deadline: float | None = None
+    ) -> list[list[float]]:
         """One vector of length 1 for each text."""
         request = EmbedRequest(tenant=tenant, texts=texts, priority=priority, deadline=deadline)
         return self._call(request, Embeddings).vectors
 
     def classify(
-        self, tenant: str, text: str, labels: list[Label], *, priority: Priority = "batch", deadline: float | None = None
+        self,
+        tenant: str,
+        text: str,
+        labels: list[Label],
+        *,
+        priority: Priority = "batch",
+        deadline: float | None = None,
     ) -> Classification:
         """The label nearest in meaning to the text."""
         request = ClassifyRequest(tenant=tenant, text=text, labels=labels, priority=priority, deadline=deadline)
@@ -209,7 +217,9 @@ class EngineClient:
                 connection.sendall(frame)
             except OSError as error:
                 reason = error.strerror or type(error).__name__
-                raise EngineUnavailable(f"expected the engine at {self._path}, found: {reason}. Is `quern engine` running?") from error
+                raise EngineUnavailable(
+                    f"expected the engine at {self._path}, found: {reason}. Is `quern engine` running?"
+                ) from error
             yield self._events(connection, should_stop)
 
     def _events(self, connection: socket.socket, should_stop: Callable[[], bool] | None) -> Iterator[Event]:
@@ -238,6 +248,8 @@ class EngineClient:
                 try:
                     yield EVENT.validate_json(line)
                 except ValidationError as error:
-                    raise EngineUnavailable(f"the engine at {self._path} does not speak this protocol: {error}") from error
+                    raise EngineUnavailable(
+                        f"the engine at {self._path} does not speak this protocol: {error}"
+                    ) from error
             if len(received) > MAX_EVENT_BYTES:
                 raise EngineUnavailable(f"the engine at {self._path} sent a frame beyond {MAX_EVENT_BYTES} bytes")

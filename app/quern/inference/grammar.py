@@ -21,7 +21,9 @@ MAX_REPETITIONS = 2000
 MAX_GRAMMAR_BYTES = 512 * 1024
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 #: Keywords that the grammar would let pass and whose check costs more than it is worth, or may run away.
-_REFUSED = frozenset({"patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$anchor", "$id"})
+_REFUSED = frozenset(
+    {"patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$anchor", "$id"}
+)
 #: JSON as such, with bounded white space: unbounded, a model may fill its whole answer with blanks.
 JSON_OBJECT_GRAMMAR = r"""
 root ::= object
@@ -66,7 +68,9 @@ def _check_part(part: Any, pointer: str, depth: int) -> None:
     if isinstance(part, dict):
         for key, value in part.items():
             if key == "$ref" and not (isinstance(value, str) and value.startswith("#/")):
-                raise SchemaRefusedError(f"{pointer}/$ref: expected a reference within the schema (#/…), found {value!r}")
+                raise SchemaRefusedError(
+                    f"{pointer}/$ref: expected a reference within the schema (#/…), found {value!r}"
+                )
             if key in _REFUSED and not pointer.endswith("/properties"):
                 raise SchemaRefusedError(f"{pointer}/{key}: this keyword is not supported")
             if key in _COUNTS and isinstance(value, int) and value > MAX_REPETITIONS:
@@ -123,6 +127,54 @@ def parse_answer(text: str, schema: dict[str, Any] | None) -> Any:
         # The message of jsonschema quotes the answer, which holds a person's words: only where and what rule.
         raise AnswerRefusedError(f"the model's answer breaks {problem.validator!r} at {problem.json_path}")
     return answer
+
+
+def ends_within_string(text: str) -> bool:
+    """Whether a beginning of JSON ends between the quotes of a string."""
+    inside = escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = inside
+        elif character == '"':
+            inside = not inside
+    return inside
+
+
+def smallest_answer(schema: dict[str, Any] | None) -> str:
+    """About the shortest JSON that a schema accepts: what an answer needs at least to come to its end."""
+    return json.dumps(_smallest(schema or {}, schema or {}, 0))
+
+
+def _smallest(part: Any, root: dict[str, Any], depth: int) -> Any:
+    if not isinstance(part, dict) or depth > MAX_DEPTH:
+        return 0
+    reference = part.get("$ref")
+    if isinstance(reference, str):
+        target: Any = root
+        for step in reference.removeprefix("#/").split("/"):
+            target = target.get(step) if isinstance(target, dict) else None
+        return _smallest(target, root, depth + 1)
+    if "const" in part:
+        return part["const"]
+    if isinstance(part.get("enum"), list) and part["enum"]:
+        return max(part["enum"], key=lambda value: len(json.dumps(value)))
+    for union in ("oneOf", "anyOf"):
+        if isinstance(part.get(union), list) and part[union]:
+            return max(
+                (_smallest(choice, root, depth + 1) for choice in part[union]), key=lambda value: len(json.dumps(value))
+            )
+    kind = part.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object" or "properties" in part:
+        properties = part.get("properties", {})
+        return {name: _smallest(properties.get(name, {}), root, depth + 1) for name in part.get("required", [])}
+    if kind == "array":
+        return [_smallest(part.get("items", {}), root, depth + 1)] * min(int(part.get("minItems", 0)), 100)
+    if kind == "string":
+        return "x" * min(int(part.get("minLength", 0)), MAX_REPETITIONS)
+    return -0.25 if kind in ("number", "integer") else False
 
 
 def _refuse_constant(name: str) -> None:

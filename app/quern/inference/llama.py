@@ -10,11 +10,13 @@ import ctypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp as api
 import numpy as np
 from numpy.typing import NDArray
+
+from quern.inference.llama_options import BackendOptions
 
 Floats = NDArray[np.float32]
 
@@ -43,14 +45,6 @@ class _ThreadPoolParameters(ctypes.Structure):
         ("strict_cpu", ctypes.c_bool),
         ("paused", ctypes.c_bool),
     ]
-
-
-class BackendOptions(NamedTuple):
-    """How llama.cpp computes: threads, how eagerly they poll for work (0 to 100), and whether OpenBLAS may do prompts."""
-
-    threads: int
-    poll: int
-    blas: bool
 
 
 def _libraries() -> Path:
@@ -99,6 +93,8 @@ class Vocabulary:
         self.bos = int(api.llama_vocab_bos(handle))
         self.eos = int(api.llama_vocab_eos(handle))
         self._pieces: dict[int, bytes] = {}
+        control = [token for token in range(self.size) if api.llama_vocab_is_control(handle, token)]
+        self._control_texts = [text for token in control if (text := self.text(token))]
 
     def tokenize(self, text: str, *, control: bool, bos: bool = False) -> list[int]:
         """The tokens of a text.
@@ -132,6 +128,10 @@ class Vocabulary:
         if not control:
             self._pieces[token] = found
         return found
+
+    def has_control_text(self, text: str) -> bool:
+        """Whether a text contains what a control token is written as."""
+        return any(control in text for control in self._control_texts)
 
     def text(self, token: int) -> str:
         """A token's own text, control tokens included."""
@@ -168,7 +168,9 @@ class Batch:
         self._counts[:] = 1
         self._wanted = np.zeros(capacity, np.int8)
         base = self._sequences.ctypes.data
-        self._pointers = (_INT32_POINTER * capacity)(*(ctypes.cast(base + 4 * i, _INT32_POINTER) for i in range(capacity)))
+        self._pointers = (_INT32_POINTER * capacity)(
+            *(ctypes.cast(base + 4 * i, _INT32_POINTER) for i in range(capacity))
+        )
         self.raw = api.llama_batch()
         self.raw.token = ctypes.cast(self._tokens.ctypes.data, type(self.raw.token))
         self.raw.pos = ctypes.cast(self._positions.ctypes.data, type(self.raw.pos))
@@ -215,7 +217,7 @@ class Context:
         self.handle = handle
         self.size = int(api.llama_n_ctx(handle))
         self._memory = api.llama_get_memory(handle)
-        self._vocabulary_size = model.vocabulary.size
+        self._row_type = ctypes.c_float * model.vocabulary.size
         self._pool = self._attach_threads(options)
 
     def _attach_threads(self, options: BackendOptions) -> Any:
@@ -256,7 +258,8 @@ class Context:
         pointer = api.llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise LlamaError(f"row {row} has no logits")
-        return np.ctypeslib.as_array(pointer, shape=(self._vocabulary_size,))
+        address = ctypes.cast(pointer, ctypes.c_void_p).value
+        return np.frombuffer(self._row_type.from_address(address), np.float32)
 
     def share(self, source: int, target: int, length: int) -> None:
         """Let `target` begin with the first `length` tokens of `source`, without copying them."""

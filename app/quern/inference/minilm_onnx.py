@@ -58,12 +58,16 @@ class Graph:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def node(self, operator: str, inputs: list[str], name: str, outputs: int = 1, domain: str = "", **fields: Any) -> str:
+    def node(
+        self, operator: str, inputs: list[str], name: str, outputs: int = 1, domain: str = "", **fields: Any
+    ) -> str:
         names = [name, *(f"{name}/{i}" for i in range(1, outputs))]
         self.nodes.append(helper.make_node(operator, inputs, names, name=name, domain=domain, **fields))
         return name
 
-    def dense(self, value: str, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any], name: str, integer: bool) -> str:
+    def dense(
+        self, value: str, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any], name: str, integer: bool
+    ) -> str:
         """`value @ weight.T + bias`, with `weight` as PyTorch keeps it: (outputs, inputs)."""
         offset = self.constant(f"{name}/bias", bias)
         if not integer:
@@ -89,13 +93,19 @@ def build(weights: dict[str, np.ndarray[Any, Any]], integer: bool = True) -> onn
     if integer:
         rows = graph.constant("words/rows", np.rint(words / row_scale).astype(np.int8))
         scales = graph.constant("words/scales", row_scale.astype(np.float32))
-        looked_up = graph.node("Cast", [graph.node("Gather", [rows, "input_ids"], "words/int8")], "words/cast", to=TensorProto.FLOAT)
+        looked_up = graph.node(
+            "Cast", [graph.node("Gather", [rows, "input_ids"], "words/int8")], "words/cast", to=TensorProto.FLOAT
+        )
         word = graph.node("Mul", [looked_up, graph.node("Gather", [scales, "input_ids"], "words/scale")], "words")
     else:
         word = graph.node("Gather", [graph.constant("words/rows", words), "input_ids"], "words")
     # Only one segment is ever used, so its embedding is part of every position's.
-    places = weights[f"{embeddings}position_embeddings.weight"] + weights[f"{embeddings}token_type_embeddings.weight"][0]
-    length = graph.node("Gather", [graph.node("Shape", ["input_ids"], "shape"), graph.constant("one", np.array([1]))], "length")
+    places = (
+        weights[f"{embeddings}position_embeddings.weight"] + weights[f"{embeddings}token_type_embeddings.weight"][0]
+    )
+    length = graph.node(
+        "Gather", [graph.node("Shape", ["input_ids"], "shape"), graph.constant("one", np.array([1]))], "length"
+    )
     places_used = graph.node(
         "Slice",
         [
@@ -148,7 +158,13 @@ def build(weights: dict[str, np.ndarray[Any, Any]], integer: bool = True) -> onn
 
 
 def _layer(
-    graph: Graph, weights: dict[str, np.ndarray[Any, Any]], prefix: str, hidden: str, mask: str, name: str, integer: bool
+    graph: Graph,
+    weights: dict[str, np.ndarray[Any, Any]],
+    prefix: str,
+    hidden: str,
+    mask: str,
+    name: str,
+    integer: bool,
 ) -> str:
     parts = [f"{prefix}attention.self.{part}" for part in ("query", "key", "value")]
     packed = np.concatenate([weights[f"{part}.weight"].T for part in parts], axis=1)
@@ -165,7 +181,9 @@ def _layer(
         attended = graph.node("Attention", inputs, f"{name}/attention", domain="com.microsoft", num_heads=HEADS)
 
     def dense(value: str, part: str) -> str:
-        return graph.dense(value, weights[f"{prefix}{part}.weight"], weights[f"{prefix}{part}.bias"], f"{name}/{part}", integer)
+        return graph.dense(
+            value, weights[f"{prefix}{part}.weight"], weights[f"{prefix}{part}.bias"], f"{name}/{part}", integer
+        )
 
     def add_and_normalise(value: str, skip: str, part: str) -> str:
         gamma = graph.constant(f"{name}/{part}/gamma", weights[f"{prefix}{part}.weight"])

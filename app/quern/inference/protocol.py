@@ -53,7 +53,9 @@ class GenerateRequest(Frame):
     presence_penalty: float = Field(0.0, ge=-10, le=10)
     frequency_penalty: float = Field(0.0, ge=-10, le=10)
     logit_bias: dict[int, Annotated[float, Field(ge=-1000, le=1000)]] = Field(default_factory=dict, max_length=1024)
-    logprobs: int | None = Field(None, ge=0, le=20, description="how many likeliest tokens to tell beside each chosen one")
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="how many likeliest tokens to tell beside each chosen one"
+    )
     json_schema: dict[str, Any] | None = Field(None, description="the answer must be JSON that this schema accepts")
     json_mode: bool = Field(False, description="the answer must be a JSON object")
     priority: Priority = "batch"

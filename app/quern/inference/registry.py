@@ -91,7 +91,10 @@ def known_models(models_dir: Path) -> dict[str, Model]:
     Raises:
         ModelFileError: the operator's list does not read as one.
     """
-    models = {model.name: model for model in _read(resources.files(__package__).joinpath(OWN_LIST).read_text("utf-8"), OWN_LIST)}
+    models = {
+        model.name: model
+        for model in _read(resources.files(__package__).joinpath(OWN_LIST).read_text("utf-8"), OWN_LIST)
+    }
     own = models_dir / OWN_LIST
     if own.exists():
         models |= {model.name: model for model in _read(own.read_text(encoding="utf-8"), str(own))}
@@ -137,18 +140,24 @@ def verify(model: Model, models_dir: Path) -> dict[str, FileIdentity]:
 
 
 def _verify(model: Model, file: ModelFile, path: Path) -> FileIdentity:
-    remedy = "run scripts/fetch-models" if model.source else f"put it there again, or remove {model.name} from {OWN_LIST}"
+    remedy = (
+        "run scripts/fetch-models" if model.source else f"put it there again, or remove {model.name} from {OWN_LIST}"
+    )
     try:
         with path.open("rb") as stream:
             stat = os.fstat(stream.fileno())
             if path.suffix == ".gguf":
                 header = stream.read(GGUF_HEADER_BYTES)
                 if len(header) < GGUF_HEADER_BYTES or not header.startswith(GGUF_MAGIC):
-                    raise ModelFileError(f"{path}: expected a GGUF file, found {header[:4]!r} and {stat.st_size} bytes; {remedy}")
+                    raise ModelFileError(
+                        f"{path}: expected a GGUF file, found {header[:4]!r} and {stat.st_size} bytes; {remedy}"
+                    )
                 stream.seek(0)
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ModelFileError(f"{path}: expected {file.path} of {model.name}, found {error.strerror or error}; {remedy}") from error
+        raise ModelFileError(
+            f"{path}: expected {file.path} of {model.name}, found {error.strerror or error}; {remedy}"
+        ) from error
     if found != file.sha256:
         raise ModelFileError(f"{path}: expected SHA-256 {file.sha256}, found {found} ({stat.st_size} bytes); {remedy}")
     return FileIdentity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

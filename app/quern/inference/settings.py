@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from quern.inference.registry import default_models_dir
@@ -21,16 +21,30 @@ class EngineSettings(BaseSettings):
     models: Path = Field(default_factory=default_models_dir, description="the models folder")
     chat_model: str = "smollm2-135m-instruct-q4_1"
     embedding_model: str = "all-minilm-l6-v2-int8"
-    threads: Annotated[int, Field(ge=1, le=512)] | None = Field(None, description="default: every core this process may use")
+    threads: Annotated[int, Field(ge=1, le=512)] | None = Field(
+        None, description="default: every core this process may use"
+    )
     context: int = Field(8192, ge=256, le=1 << 20, description="context memory, shared by all sequences")
     max_sequences: int = Field(8, ge=1, le=64, description="batch sequences decoded together")
-    reserved_sequences: int = Field(2, ge=1, le=64, description="places beyond them that only user-waiting requests take")
+    reserved_sequences: int = Field(
+        2, ge=1, le=64, description="places beyond them that only user-waiting requests take"
+    )
     batch_size: int = Field(512, ge=32, le=4096, description="most tokens in one step")
     max_waiting: int = Field(1000, ge=1, le=100_000, description="requests in the engine; more are told to come again")
     default_deadline: float = Field(600.0, gt=0, le=86_400, description="for requests that bring none")
-    step_timeout: float = Field(120.0, gt=1, le=3600, description="a step that takes longer is taken for hung and killed")
-    poll: Annotated[int, Field(ge=0, le=100)] | None = Field(None, description="ggml threads' polling level; default: tuned")
+    step_timeout: float = Field(
+        120.0, gt=1, le=3600, description="a step that takes longer is taken for hung and killed"
+    )
+    poll: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="ggml threads' polling level; default: tuned"
+    )
     blas: bool | None = Field(None, description="OpenBLAS for prompts; default: tuned")
     prefix_cache: bool = Field(True, description="compute what prompts of one tenant begin with in common only once")
     allow_fault_injection: bool = Field(False, description="for tests only: lets a client crash the model's process")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _steps_hold_every_sequence(self) -> EngineSettings:
+        if self.batch_size < self.max_sequences + self.reserved_sequences:
+            raise ValueError("batch_size: expected at least max_sequences + reserved_sequences")
+        return self

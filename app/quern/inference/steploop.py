@@ -9,6 +9,7 @@ context memory, so nothing that was admitted ever runs out of it.
 from __future__ import annotations
 
 import codecs
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence as Many
@@ -25,14 +26,16 @@ from quern.inference.protocol import ErrorKind, Generation, Priority, TokenLogpr
 
 #: Kept beginnings at most.
 KEPT_PREFIXES = 16
-#: Texts that end JSON values, longest first: what is preferred when an answer must come to its end.
-_CLOSERS = ('"}]}', '"]}', '"}}', '"}]', '"}', '"]', "}}", "}]", "]}", "]]", '"', "}", "]")
+#: How far into a queue to look for one that need not wait for a neighbour's prompt.
+LOOK_AHEAD = 32
 
 
 class Listener(Protocol):
     """Who hears what becomes of the sequences. Called from the step loop's thread."""
 
-    def token(self, request: int, text: str, count: int, tokens: Many[int], logprobs: list[TokenLogprob] | None) -> None:
+    def token(
+        self, request: int, text: str, count: int, tokens: Many[int], logprobs: list[TokenLogprob] | None
+    ) -> None:
         """More of a streamed answer."""
 
     def result(self, request: int, generation: Generation) -> None:
@@ -132,7 +135,7 @@ class StepLoop:
         self._free = list(range(places + KEPT_PREFIXES))[::-1]
         self._kept = PrefixCache(KEPT_PREFIXES)
         self._used = 0
-        self._closers = self._find_closers()
+        self._closers = {inside: self._find_closers('"' if inside else '}]"') for inside in (False, True)}
         self.counters: dict[str, float] = dict.fromkeys(
             (
                 "steps_total",
@@ -250,7 +253,7 @@ class StepLoop:
 
     def _take(self, queue: deque[Sequence], spare: int) -> bool:
         """Admit the first of a queue that need not wait for a neighbour's prompt; False when there is none or no room."""
-        for index, sequence in enumerate(queue):
+        for index, sequence in enumerate(itertools.islice(queue, LOOK_AHEAD)):
             prefix, length, soon = self._source(sequence)
             if soon > length:
                 # A neighbour computes the same beginning right now: with it done, this one starts far ahead.
@@ -309,7 +312,12 @@ class StepLoop:
         if prefix is not None:
             self._context.share(prefix.sequence, sequence.slot, length)
             sequence.borrowed, sequence.past, sequence.cached = prefix, length, length
-            if prefix.hits == 1 and prefix.users == 1 and prefix.sequence not in self._slots() and length < len(prefix.tokens):
+            if (
+                prefix.hits == 1
+                and prefix.users == 1
+                and prefix.sequence not in self._slots()
+                and length < len(prefix.tokens)
+            ):
                 # Used for the first time, and only this far: the rest was one prompt's own.
                 self._context.cut(prefix.sequence, length)
                 prefix.tokens = prefix.tokens[:length]
@@ -379,7 +387,9 @@ class StepLoop:
         rows: list[tuple[Sequence, int]] = []
         for sequence in self._live:
             if not sequence.prompt_left and sequence.answer:
-                rows.append((sequence, batch.add(sequence.answer[-1:], sequence.past, sequence.slot, wants_logits=True)))
+                rows.append(
+                    (sequence, batch.add(sequence.answer[-1:], sequence.past, sequence.slot, wants_logits=True))
+                )
                 sequence.past += 1
         unread = [sequence for sequence in self._live if sequence.prompt_left > 0 and not sequence.answer]
         for sequence in sorted(unread, key=lambda sequence: (sequence.priority != "interactive", sequence.admitted)):
@@ -418,6 +428,7 @@ class StepLoop:
             sequence.first_token = now
             for token in sequence.resumed:  # sent before; only caught up with
                 self._take_in(sequence, token)
+                sequence.random.random()
             sequence.sent, sequence.sent_tokens = len(sequence.text), len(sequence.answer)
         adjusted = sampling.adjust(logits, sequence.sampling, sequence.answer)
         token = self._pick(sequence, adjusted)
@@ -451,18 +462,15 @@ class StepLoop:
         rules = sequence.rules
         if rules is not None and sequence.max_tokens - len(sequence.answer) <= sequence.closing:
             # The answer must be whole within its last tokens: whatever closes what is open comes first.
-            allowed = self._closers[rules.allowed(self._closers)]
+            closers = self._closers[grammar.ends_within_string(sequence.text)]
+            allowed = closers[rules.allowed(closers)]
             if len(allowed):
                 return int(allowed[0])
         return sampling.choose(logits, sequence.sampling, sequence.random, rules)
 
-    def _find_closers(self) -> NDArray[np.int32]:
-        closers = [token for token in sorted(self._vocabulary.ends)]
-        for text in _CLOSERS:
-            tokens = self._vocabulary.tokenize(text, control=False)
-            if len(tokens) == 1:
-                closers.append(tokens[0])
-        return np.array(closers, np.int32)
+    def _find_closers(self, characters: str) -> NDArray[np.int32]:
+        tokens = [self._vocabulary.tokenize(character, control=False) for character in characters]
+        return np.array([*self._vocabulary.ends, *(found[0] for found in tokens if len(found) == 1)], np.int32)
 
     def _stop_at(self, sequence: Sequence) -> int | None:
         found = [sequence.text.find(text, max(0, sequence.sent - len(text))) for text in sequence.stop]
@@ -473,7 +481,11 @@ class StepLoop:
             return
         end = max(end, sequence.sent)
         new = sequence.answer[sequence.sent_tokens :]
-        told = sequence.told_logprobs[len(sequence.told_logprobs) - len(new) :] if sequence.logprobs is not None and new else None
+        told = (
+            sequence.told_logprobs[len(sequence.told_logprobs) - len(new) :]
+            if sequence.logprobs is not None and new
+            else None
+        )
         self._listener.token(sequence.request, sequence.text[sequence.sent : end], len(sequence.answer), new, told)
         sequence.sent, sequence.sent_tokens = end, len(sequence.answer)
 

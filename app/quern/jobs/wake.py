@@ -5,6 +5,9 @@ lost; the reconciler sends another within its period.
 """
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -66,3 +69,33 @@ class Waker:
             counts[queue] = counts.get(queue, 0) + 1
         for queue, count in counts.items():
             self.wake(queue, count)
+
+
+class Nudger:
+    """Wakes queues from a thread of its own: who nudges never waits for Redis, and many nudges make one wake-up."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._waker = waker
+        self._lock = threading.Condition()
+        self._wanted: set[str] = set()
+        self._pid = 0
+
+    def nudge(self, queue: str) -> None:
+        with self._lock:
+            if self._pid != os.getpid():
+                # Threads do not survive the fork of a pre-forking server.
+                self._pid = os.getpid()
+                threading.Thread(target=self._run, name="nudger", daemon=True).start()
+            self._wanted.add(queue)
+            self._lock.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._wanted:
+                    self._lock.wait()
+                wanted, self._wanted = self._wanted, set()
+            for queue in wanted:
+                self._waker.wake(queue)
+            # Nudges of the next moment are one wake-up.
+            time.sleep(0.005)

@@ -15,7 +15,7 @@ def parse_address(text: str) -> str:
     address: it may end in a log.
     """
     try:
-        parsed = validate_email(text, check_deliverability=False, allow_smtputf8=False)
+        parsed = validate_email(text, check_deliverability=False, allow_smtputf8=False, strict=True)
     except EmailNotValidError:
         raise ValueError("expected an email address such as ada@example.com, found something else") from None
     if parsed.ascii_email is None:

@@ -55,7 +55,7 @@ def send(message: EmailMessage, recipients: tuple[str, ...], settings: MailSetti
         finally:
             relay.close()
     except smtplib.SMTPServerDisconnected:
-        raise TransientMailError("the relay closed the connection") from None
+        raise TransientMailError("the relay closed the connection or stopped answering") from None
     except ssl.SSLError as error:
         reason = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else "handshake failed"
         raise TransientMailError(f"expected a relay with a valid certificate for its name, found: {reason}") from None

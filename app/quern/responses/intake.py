@@ -48,15 +48,15 @@ def accept(db: Db, submission: Submission) -> tuple[Document, bool]:
     principal, now = submission.principal, clock.now()
     key = content_key()
     if submission.idempotency_key is None:
-        identity = identifier.new("rsp")
+        response = identifier.new("rsp")
     else:
-        identity = identifier.derived("rsp", principal.tenant, submission.form, submission.idempotency_key)
+        response = identity(principal.tenant, submission.form, submission.idempotency_key)
     mac = content_mac(key, submission.answers)
     record = entry(
         principal.tenant,
         principal.key,
         "response.submitted",
-        identity,
+        response,
         detail={"form": submission.form, "version": submission.version},
         mac=mac,
         request_id=submission.request_id,
@@ -64,7 +64,7 @@ def accept(db: Db, submission: Submission) -> tuple[Document, bool]:
         cause=("submitted",),
     )
     document: Document = {
-        "_id": identity,
+        "_id": response,
         "tenant": principal.tenant,
         "form": submission.form,
         "version": submission.version,
@@ -89,6 +89,11 @@ def accept(db: Db, submission: Submission) -> tuple[Document, bool]:
         return _same_again(db, document), False
     metrics.ACCEPTED.inc()
     return document, True
+
+
+def identity(tenant: str, form: str, idempotency_key: str) -> str:
+    """The identifier of the response that a client submits under a key of its own."""
+    return identifier.derived("rsp", tenant, form, idempotency_key)
 
 
 def fingerprint(answers: Any, version: int) -> str:

@@ -115,7 +115,7 @@ def erase(
         session=session,
     )
     db.webhook_deliveries.update_many(
-        {"response": response, "tenant": tenant}, {"$unset": {"excerpt": ""}}, session=session
+        {"response": response, "tenant": tenant}, {"$set": {"excerpt": ""}}, session=session
     )
     record = entry(tenant, actor, "response.erased", response, request_id=request_id, at=now)
     db.audit.insert_one(record, session=session)

@@ -75,7 +75,7 @@ def record(
     """Log one attempt that ended at `now`."""
     now = now.replace(microsecond=now.microsecond // 1000 * 1000)
     document = {
-        "_id": f"whd_{ULID.from_datetime(now)}",
+        "_id": f"whd_{str(ULID.from_datetime(now)).lower()}",
         "tenant": tenant,
         "endpoint": endpoint,
         "job": job,

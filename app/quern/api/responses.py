@@ -1,0 +1,410 @@
+"""`/forms/{id}/responses` and `/responses`: submit, read, list, export, erase."""
+
+import csv
+import io
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from quern.api.operation import Call, Edge, Reply, traceparent
+from quern.api.page import Page, PageQuery, page
+from quern.api.problem import Fault, Problem, invalid, not_found
+from quern.forms import form as forms
+from quern.forms.fields import NAME, FormDefinition, GroupField, check_answers, compiled
+from quern.jobs.wake import RELAY
+from quern.responses import intake
+from quern.responses import response as store
+from quern.store.connection import Document
+from quern.workflows import run
+from quern.workflows.definition import parsed
+
+edge = Edge("responses")
+
+#: Responses that one request may erase; more are erased by asking again.
+MAX_ERASED = 500
+
+
+class ResponseIn(BaseModel):
+    """A filled-in form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    answers: dict[str, Any] = Field(description="field to answer, as `GET /forms/{form}/schema` describes")
+    version: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = Field(
+        None, description="the version that was filled in; by default the one published now"
+    )
+
+
+class JobLink(BaseModel):
+    id: str
+    step: str
+    status: str
+    href: str
+    events: str
+
+
+class Accepted(BaseModel):
+    """The response is kept and will survive a power cut; its jobs run now."""
+
+    id: str
+    status: Literal["processing", "processed"]
+    created: datetime
+    href: str
+    jobs: list[JobLink]
+
+
+class Response(BaseModel):
+    id: str
+    form: str
+    version: int
+    status: Literal["processing", "processed", "incomplete", "erased"]
+    created: datetime
+    processed: datetime | None = None
+    erased: datetime | None = None
+    answers: dict[str, Any] | None = Field(None, description="null once erased")
+    results: dict[str, Any] = Field(default_factory=dict, description="step to result")
+    jobs: list[JobLink] = Field(default_factory=list)
+
+
+class ResponsePage(Page[Response]):
+    """Responses, newest first."""
+
+
+class ResponseFilter(BaseModel):
+    """Which responses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: Literal["processing", "processed", "incomplete"] | None = None
+    created_from: datetime | None = Field(None, description="this moment or later (RFC 3339)")
+    created_before: datetime | None = None
+    where: Annotated[str, StringConstraints(max_length=600)] | None = Field(
+        None, description="`field:value`: the answer must equal the value", examples=["sector:health"]
+    )
+
+    @model_validator(mode="after")
+    def _times_have_zones(self) -> "ResponseFilter":
+        for name in ("created_from", "created_before"):
+            moment = getattr(self, name)
+            if moment is not None and moment.tzinfo is None:
+                raise ValueError(f"{name} needs a time zone, for example 2026-11-22T00:00:00Z")
+        return self
+
+
+class ResponseQuery(PageQuery, ResponseFilter):
+    """A page of the responses that fit."""
+
+
+class ExportQuery(ResponseFilter):
+    """What to export, and how."""
+
+    format: Literal["csv", "jsonl"] = "jsonl"
+
+
+class ErasureIn(BaseModel):
+    """Whose answers to erase: every response to the form whose `field` has this `value`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    field: Annotated[str, StringConstraints(pattern=NAME)]
+    value: Annotated[str, StringConstraints(min_length=1, max_length=500)]
+
+
+class Erasure(BaseModel):
+    """What was erased."""
+
+    erased: list[str]
+    more: bool = Field(description="true when more fit; ask again")
+
+
+def _links(document: Document) -> list[JobLink]:
+    links = []
+    for step, state in document.get("steps", {}).items():
+        job = run.job_id(document["tenant"], document["_id"], step)
+        href = f"/api/v1/jobs/{job}"
+        links.append(JobLink(id=job, step=step, status=state, href=href, events=f"{href}/events"))
+    return links
+
+
+def show(document: Document) -> Response:
+    return Response(
+        id=document["_id"],
+        form=document["form"],
+        version=document["version"],
+        status=document["status"],
+        created=document["created"],
+        processed=document.get("processed"),
+        erased=document.get("erased"),
+        answers=document.get("answers"),
+        results=document.get("results", {}),
+        jobs=_links(document),
+    )
+
+
+@edge.operation(
+    "POST",
+    "/forms/{form}/responses",
+    scope="responses:submit",
+    summary="Submit a response",
+    body=ResponseIn,
+    answers={202: Accepted},
+    transaction=False,
+)
+def submit(call: Call, form: str) -> Reply:
+    """Validated at once; 202 means that the response is kept, whatever happens next.
+
+    With an `Idempotency-Key` the same request may be sent again safely.
+    """
+    body: ResponseIn = call.body
+    document = call.runtime.open_forms.get(call.db, call.tenant, form)
+    if document is None:
+        raise not_found("form")
+    if document.version is None:
+        raise Problem(409, "the form was never published", kind="form-not-open")
+    number = body.version or document.version
+    version = call.runtime.versions.get(call.db, call.tenant, form, number)
+    if version is None:
+        raise Problem(
+            422,
+            f"the form has no version {number}",
+            kind="validation",
+            errors=[Fault(pointer="/version", detail="no such version")],
+        )
+    try:
+        answers = check_answers(compiled(version.definition), body.answers)
+    except ValidationError as error:
+        raise invalid(error, "/answers") from None
+    workflow = parsed(version.workflow)
+    steps = run.begin(workflow, answers)
+    submission = intake.Submission(
+        call.principal,
+        form,
+        number,
+        answers,
+        steps,
+        run.status(workflow, steps),
+        call.request_id,
+        traceparent(),
+        call.idempotency_key,
+    )
+    if document.status != "open" and not _was_accepted(call, form):
+        raise Problem(409, "the form is closed", kind="form-not-open")
+    try:
+        kept, new = intake.accept(call.db, submission)
+    except intake.AnotherBodyError:
+        raise Problem(
+            422, "this Idempotency-Key was used with another response; use a new key", kind="idempotency-key-reused"
+        ) from None
+    if new:
+        call.runtime.nudge(RELAY)
+    href = f"/api/v1/responses/{kept['_id']}"
+    # The answer of the first time, to the letter: the steps' states as they were then.
+    links = _links({**kept, "steps": steps})
+    status: Literal["processing", "processed"] = "processing" if submission.status == "processing" else "processed"
+    accepted = Accepted(id=kept["_id"], status=status, created=kept["created"], href=href, jobs=links)
+    headers = {"Location": href} if new else {"Location": href, "Idempotent-Replayed": "true"}
+    return Reply(accepted, 202, headers)
+
+
+def _was_accepted(call: Call, form: str) -> bool:
+    """Whether this is a repetition of a response that came in while the form was open."""
+    if call.idempotency_key is None:
+        return False
+    return call.db.responses.find_one({"_id": intake.identity(call.tenant, form, call.idempotency_key)}, {"_id": 1}) is not None
+
+
+@edge.operation(
+    "GET",
+    "/forms/{form}/responses",
+    scope="responses:read",
+    summary="List responses",
+    query=ResponseQuery,
+    answers={200: ResponsePage},
+)
+def list_responses(call: Call, form: str) -> Reply:
+    """Newest first. Vectors of `embed` steps are left out; read one response to see them."""
+    query: ResponseQuery = call.query
+    where = _filter(call, form, query)
+    after = query.position(2)
+    if after is not None:
+        _check_moment(after[0])
+    found = store.listing(call.db, call.tenant, where, after=after, limit=query.limit + 1)
+    items, following = page(
+        found, query.limit, lambda item: _without_vectors(show(item)), lambda item: [item["created"].isoformat(), item["_id"]]
+    )
+    return Reply(ResponsePage(items=items, next_cursor=following))
+
+
+def _check_moment(text: str) -> None:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise Problem(422, "not a cursor of this list", kind="validation", errors=[Fault(pointer="?cursor", detail="malformed")])
+
+
+def _without_vectors(response: Response) -> Response:
+    for result in response.results.values():
+        if isinstance(result, dict):
+            result.pop("vector", None)
+    return response
+
+
+def _filter(call: Call, form: str, query: ResponseFilter) -> store.Filter:
+    document = forms.get(call.db, call.tenant, form)
+    if document is None:
+        raise not_found("form")
+    answers: dict[str, str | float | bool] = {}
+    if query.where is not None:
+        name, colon, value = query.where.partition(":")
+        kind = _kinds(call, document).get(name)
+        if not colon or kind is None:
+            detail = "expected `field:value` with a field of the form's published version"
+            raise Problem(422, detail, kind="validation", errors=[Fault(pointer="?where", detail=detail)])
+        answers[name] = _typed(kind, value)
+    return store.Filter(form, query.status, query.created_from, query.created_before, answers)
+
+
+def _kinds(call: Call, document: Document) -> dict[str, str]:
+    if document["version"] is None:
+        return {}
+    version = call.runtime.versions.get(call.db, call.tenant, document["_id"], document["version"])
+    if version is None:
+        return {}
+    return {field.name: field.type for field in FormDefinition.model_validate_json(version.definition).fields}
+
+
+def _typed(kind: str, value: str) -> str | float | bool:
+    """The text of a query parameter as the kind of answer it is compared with."""
+    try:
+        if kind in ("number", "rating"):
+            return float(value)
+        if kind == "consent":
+            return {"true": True, "false": False}[value]
+    except (ValueError, KeyError):
+        detail = f"expected a value that fits a {kind} field"
+        raise Problem(422, detail, kind="validation", errors=[Fault(pointer="?where", detail=detail)]) from None
+    return value
+
+
+@edge.operation(
+    "GET",
+    "/forms/{form}/export",
+    scope="responses:read",
+    summary="Export responses",
+    query=ExportQuery,
+    answers={200: "application/jsonl"},
+)
+def export(call: Call, form: str) -> Reply:
+    """Streamed, oldest first: JSON Lines with everything, or CSV with a column for each answer and each result."""
+    query: ExportQuery = call.query
+    where = _filter(call, form, query)
+    rows = store.stream(call.db, call.tenant, where)
+    name = f'attachment; filename="{form}.{query.format}"'
+    if query.format == "jsonl":
+        return Reply(stream=_jsonl(rows), media_type="application/jsonl", headers={"Content-Disposition": name})
+    columns = _columns(call, form)
+    return Reply(stream=_csv(rows, columns), media_type="text/csv", headers={"Content-Disposition": name})
+
+
+def _jsonl(rows: Iterator[Document]) -> Iterator[bytes]:
+    for row in rows:
+        yield orjson.dumps(show(row).model_dump(mode="json", exclude={"jobs"})) + b"\n"
+
+
+def _columns(call: Call, form: str) -> list[str]:
+    """Every column that some version of the form fills, in the order of first appearance."""
+    columns = ["id", "version", "status", "created", "processed"]
+    for version in reversed(forms.versions(call.db, call.tenant, form, before=None, limit=1000)):
+        for field in FormDefinition.model_validate_json(version["definition"]).fields:
+            if isinstance(field, GroupField) and not field.repeated:
+                columns += [f"answers.{field.name}.{inner.name}" for inner in field.fields]
+            else:
+                columns.append(f"answers.{field.name}")
+        for step in parsed(version["workflow"]).steps:
+            columns.append(f"results.{step.name}")
+    return list(dict.fromkeys(columns))
+
+
+def _csv(rows: Iterator[Document], columns: list[str]) -> Iterator[bytes]:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(columns)
+    for row in rows:
+        shown = _without_vectors(show(row)).model_dump(mode="json")
+        cells = {name: shown[name] for name in ("id", "version", "status", "created", "processed")}
+        for name, value in (shown["answers"] or {}).items():
+            inner = f"answers.{name}."
+            if isinstance(value, dict) and any(column.startswith(inner) for column in columns):
+                cells.update({inner + key: item for key, item in value.items()})
+            else:
+                cells[f"answers.{name}"] = value
+        cells.update({f"results.{name}": value for name, value in shown["results"].items()})
+        writer.writerow([_cell(cells.get(column)) for column in columns])
+        yield buffer.getvalue().encode()
+        buffer.seek(0)
+        buffer.truncate()
+    if buffer.tell():
+        yield buffer.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    """Text for a spreadsheet, which must not take it for a formula (OWASP, "CSV Injection")."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return "'" + value if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return orjson.dumps(value).decode()
+
+
+@edge.operation(
+    "GET", "/responses/{response}", scope="responses:read", summary="Read a response", answers={200: Response}
+)
+def get_response(call: Call, response: str) -> Reply:
+    """With the results of its steps as far as they are. An erased one shows only that it was."""
+    document = store.get(call.db, call.tenant, response)
+    if document is None:
+        raise not_found("response")
+    return Reply(show(document))
+
+
+@edge.operation(
+    "DELETE", "/responses/{response}", scope="responses:erase", summary="Erase a response", answers={204: None}
+)
+def erase_response(call: Call, response: str) -> Reply:
+    """The answers and everything derived from them vanish; the audit log says that they did. Erasing again is no error."""
+    if call.session is None:
+        raise RuntimeError("erasing runs in a transaction")
+    erased = store.erase(call.db, call.tenant, response, call.principal.key, call.request_id, call.session)
+    if erased is None:
+        raise not_found("response")
+    call.after_commit.append(lambda: call.runtime.forget(call.tenant))
+    return Reply(status=204)
+
+
+@edge.operation(
+    "POST",
+    "/forms/{form}/erasures",
+    scope="responses:erase",
+    summary="Erase a person's responses",
+    body=ErasureIn,
+    answers={200: Erasure},
+)
+def erase_by_answer(call: Call, form: str) -> Reply:
+    """Erases every response to the form whose field has the value, for example one e-mail address."""
+    if call.session is None:
+        raise RuntimeError("erasing runs in a transaction")
+    body: ErasureIn = call.body
+    if forms.get(call.db, call.tenant, form) is None:
+        raise not_found("form")
+    where = store.Filter(form=form, answers={body.field: body.value})
+    found = store.matching(call.db, call.tenant, where, MAX_ERASED + 1)
+    erased = found[:MAX_ERASED]
+    for response in erased:
+        store.erase(call.db, call.tenant, response, call.principal.key, call.request_id, call.session)
+    call.after_commit.append(lambda: call.runtime.forget(call.tenant))
+    return Reply(Erasure(erased=erased, more=len(found) > MAX_ERASED))

@@ -1,0 +1,107 @@
+"""The long-running processes: `quern api`, `events`, `relay`, `scheduler`, `worker`, `engine`."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from quern.cli.runtime import open_runtime
+from quern.observe import logs, metrics, traces
+
+
+def _prepare(process: str) -> threading.Event:
+    """Logs, traces, metrics and a stop event set by SIGINT or SIGTERM."""
+    runtime = open_runtime()
+    settings = runtime.settings
+    logs.configure(process, settings.log_level, settings.log_file)
+    traces.configure(process, settings.otlp_endpoint)
+    metrics.serve(settings.metrics_bind)
+    stop = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    return stop
+
+
+@click.command()
+def api() -> None:
+    """Serve the API with Gunicorn (QUERN_API_BIND, QUERN_API_WORKERS, QUERN_API_THREADS)."""
+    settings = open_runtime().settings
+    logs.configure("api", settings.log_level, settings.log_file)
+    if settings.metrics_dir is not None:
+        settings.metrics_dir.mkdir(parents=True, exist_ok=True)
+        for old in settings.metrics_dir.glob("*.db"):
+            old.unlink()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(settings.metrics_dir)
+        # The library decides where values live when it is first imported, which was before.
+        os.execv(os.sys.executable, [os.sys.executable, "-m", "quern.api"])  # noqa: S606
+    from quern.api.server import serve
+
+    serve(settings)
+
+
+@click.command()
+def events() -> None:
+    """Serve event streams (QUERN_EVENT_BIND): everything that waits."""
+    from quern.events.server import main
+    from quern.events.wiring import authenticator
+
+    runtime = open_runtime()
+    settings = runtime.settings
+    logs.configure("events", settings.log_level, settings.log_file)
+    traces.configure("events", settings.otlp_endpoint)
+    metrics.serve(settings.metrics_bind)
+    main(runtime.live, authenticator(runtime))
+
+
+@click.command()
+def relay() -> None:
+    """Turn outboxes into jobs and audit entries."""
+    from quern.workflows.relay import main
+
+    stop = _prepare("relay")
+    runtime = open_runtime()
+    main(runtime.store, runtime.waker, stop)
+
+
+@click.command()
+def scheduler() -> None:
+    """Rescue silent jobs, make periodic ones, seal the audit log. Any number may run."""
+    from quern.jobs.scheduler import main
+
+    stop = _prepare("scheduler")
+    runtime = open_runtime()
+    main(runtime.store, runtime.registry, runtime.waker, runtime.ticks, runtime.chores, stop)
+
+
+@click.command()
+@click.argument("queue", type=click.Choice(["high", "default", "webhooks", "low", "batched"]))
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Jobs at once; the default depends on the queue.")
+def worker(queue: str, concurrency: int | None) -> None:
+    """Work on one QUEUE. SIGINT finishes what runs; SIGTERM hands it back at once."""
+    from quern.jobs.model import Queue
+    from quern.jobs.worker import Worker
+
+    _prepare(f"worker-{queue}")
+    runtime = open_runtime()
+    if queue == Queue.BATCHED:
+        concurrency = concurrency or runtime.settings.engine_parallel
+    Worker(runtime.store, runtime.registry, runtime.waker, Queue(queue), concurrency).run()
+
+
+@click.command()
+@click.option("--socket", "socket_path", type=click.Path(path_type=Path), help="Default: QUERN_ENGINE_SOCKET.")
+@click.option("--models", type=click.Path(path_type=Path), help="Default: QUERN_ENGINE_MODELS.")
+def engine(socket_path: Path | None, models: Path | None) -> None:
+    """Own the models and answer on a UNIX socket. No network, no database."""
+    from quern.inference.engine import main
+    from quern.inference.settings import EngineSettings
+
+    given = {"socket": socket_path, "models": models}
+    main(EngineSettings(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
