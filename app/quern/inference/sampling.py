@@ -7,6 +7,7 @@ et al., 2020; min-p: Nguyen et al., 2024; repetition penalty: Keskar et al., 201
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,11 +73,44 @@ def adjust(logits: Floats, parameters: SamplingParameters, earlier: list[int]) -
     return row
 
 
-def choose(row: Floats, parameters: SamplingParameters, random: np.random.Generator, rules: Rules | None = None) -> int:
+class FirstBytes:
+    """The vocabulary by the first byte of each token's text.
+
+    A grammar that allows a token allows every beginning of its text, so the tokens of one byte tell which others need to be
+    asked about: where only a quotation mark may come, that is some hundreds instead of the whole vocabulary.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], ends: Iterable[int]) -> None:
+        self._ends = np.array(sorted(ends), np.int32)
+        groups: dict[int, list[int]] = {}
+        single: dict[int, int] = {}
+        for token, piece in enumerate(pieces):
+            if piece:
+                groups.setdefault(piece[0], []).append(token)
+                if len(piece) == 1:
+                    single.setdefault(piece[0], token)
+        self._groups = [np.array(groups[byte], np.int32) for byte in single]
+        self._single = np.array([single[byte] for byte in single], np.int32)
+        unasked = [token for byte, tokens in groups.items() if byte not in single for token in tokens]
+        self._unasked = np.array(unasked, np.int32)
+
+    def candidates(self, rules: Rules) -> Ints:
+        """Tokens that hold all that the rules allow now."""
+        open_groups = [self._groups[index] for index in np.flatnonzero(rules.allowed(self._single))]
+        return np.concatenate([self._ends, self._unasked, *open_groups])
+
+
+def choose(
+    row: Floats,
+    parameters: SamplingParameters,
+    random: np.random.Generator,
+    rules: Rules | None = None,
+    vocabulary: FirstBytes | None = None,
+) -> int:
     """The next token, allowed by the rules. The rules are not moved on.
 
     With rules the first choice is made without them and kept if they allow it: most often they do, and asking them about one
-    token is cheap. Else the short list is asked, then the whole vocabulary.
+    token is cheap. Else the short list is asked, then the vocabulary.
 
     Raises:
         NothingAllowedError: the rules allow nothing.
@@ -85,12 +119,14 @@ def choose(row: Floats, parameters: SamplingParameters, random: np.random.Genera
     if rules is None or bool(rules.allowed(np.array([token], np.int32))[0]):
         return token
     size = len(row)
-    for count in (min(SHORT_LIST, size), size):
-        tokens = (np.argpartition(row, -count)[-count:] if count < size else np.arange(size)).astype(np.int32)
+    tokens = np.argpartition(row, -min(SHORT_LIST, size))[-SHORT_LIST:].astype(np.int32)
+    allowed = tokens[rules.allowed(tokens)]
+    if not len(allowed):
+        tokens = vocabulary.candidates(rules) if vocabulary is not None else np.arange(size, dtype=np.int32)
         allowed = tokens[rules.allowed(tokens)]
-        if len(allowed):
-            return _pick(row, allowed, parameters, random)
-    raise NothingAllowedError
+    if not len(allowed):
+        raise NothingAllowedError
+    return _pick(row, allowed, parameters, random)
 
 
 def _pick(row: Floats, tokens: Ints | None, parameters: SamplingParameters, random: np.random.Generator) -> int:

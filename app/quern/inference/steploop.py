@@ -26,6 +26,7 @@ from quern.inference.protocol import ErrorKind, Generation, Priority, TokenLogpr
 
 #: Kept beginnings at most.
 KEPT_PREFIXES = 16
+_GREEDY = sampling.SamplingParameters()
 #: How far into a queue to look for one that need not wait for a neighbour's prompt.
 LOOK_AHEAD = 32
 
@@ -107,7 +108,8 @@ class Sequence:
 
     @property
     def prompt_left(self) -> int:
-        return len(self.prompt) - self.past
+        """Prompt tokens that are not computed yet."""
+        return max(0, len(self.prompt) - self.past)
 
     @property
     def need(self) -> int:
@@ -136,6 +138,9 @@ class StepLoop:
         self._kept = PrefixCache(KEPT_PREFIXES)
         self._used = 0
         self._closers = {inside: self._find_closers('"' if inside else '}]"') for inside in (False, True)}
+        pieces = [vocabulary.piece(token) for token in range(vocabulary.size)]
+        self._first_bytes = sampling.FirstBytes(pieces, vocabulary.ends)
+        self._blanks = np.array([token for token, piece in enumerate(pieces) if not piece.strip()], np.int32)
         self.counters: dict[str, float] = dict.fromkeys(
             (
                 "steps_total",
@@ -148,7 +153,6 @@ class StepLoop:
                 "cancelled_total",
                 "deadlines_total",
                 "evicted_prefixes_total",
-                "grammar_rejections_total",
             ),
             0.0,
         )
@@ -466,7 +470,10 @@ class StepLoop:
             allowed = closers[rules.allowed(closers)]
             if len(allowed):
                 return int(allowed[0])
-        return sampling.choose(logits, sequence.sampling, sequence.random, rules)
+            logits = logits.copy()
+            logits[self._blanks] = -np.inf
+            return sampling.choose(logits, _GREEDY, sequence.random, rules, self._first_bytes)
+        return sampling.choose(logits, sequence.sampling, sequence.random, rules, self._first_bytes)
 
     def _find_closers(self, characters: str) -> NDArray[np.int32]:
         tokens = [self._vocabulary.tokenize(character, control=False) for character in characters]
