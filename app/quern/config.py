@@ -22,7 +22,6 @@ from pydantic_settings import (
 )
 
 from quern.events.settings import EventSettings
-from quern.events.settings import EventSettings
 from quern.mail.settings import MailSettings
 from quern.webhooks.settings import WebhookSettings
 
@@ -35,7 +34,9 @@ class JobSettings(BaseModel):
     lease: float = Field(60.0, gt=0.2, le=3600, description="how long a claim holds without a heartbeat", examples=[60])
     reconcile_every: float = Field(0.5, gt=0.05, le=60, description="pause between two reconciler passes")
     max_failures: int = Field(8, ge=1, le=100, description="charged failures before a job is dead")
-    max_lost_leases: int = Field(20, ge=1, le=1000, description="claims that may end without a word before a job is dead")
+    max_lost_leases: int = Field(
+        20, ge=1, le=1000, description="claims that may end without a word before a job is dead"
+    )
     backoff_base: float = Field(2.0, gt=0, le=600, description="first retry delay; doubles with each failure")
     backoff_cap: float = Field(300.0, gt=0, le=86400, description="longest retry delay")
     drain_timeout: float = Field(25.0, gt=0, le=600, description="how long a stopping worker may finish its jobs")
@@ -55,36 +56,52 @@ class Settings(BaseSettings):
     )
     mongodb_database: str = Field("quern", pattern=r"^[A-Za-z0-9_-]{1,38}$", examples=["quern"])
     redis_queue_url: SecretStr = Field(
-        description="Redis for wake-ups and rate limits (noeviction, AOF)", examples=["unix:///run/redis-queue/redis.sock"]
+        description="Redis for wake-ups and rate limits (noeviction, AOF)",
+        examples=["unix:///run/redis-queue/redis.sock"],
     )
     secret_keys: SecretStr = Field(
-        description="Fernet keys, comma-separated; the first encrypts, all decrypt", examples=["output of `quern secret-key`"]
+        description="Fernet keys, comma-separated; the first encrypts, all decrypt",
+        examples=["output of `quern secret-key`"],
     )
     audit_key: SecretStr = Field(
         description="seals the audit chain; at least 32 characters", examples=["output of `quern secret-key`"]
     )
-    public_url: str = Field("http://127.0.0.1:8080", pattern=r"^https?://[^/\s]+$", examples=["https://forms.example.org"])
+    public_url: str = Field(
+        "http://127.0.0.1:8080", pattern=r"^https?://[^/\s]+$", examples=["https://forms.example.org"]
+    )
 
-    api_bind: str = Field("127.0.0.1:8080", description="`unix:/path` or host:port", examples=["unix:/run/quern/api.sock"])
+    api_bind: str = Field(
+        "127.0.0.1:8080", description="`unix:/path` or host:port", examples=["unix:/run/quern/api.sock"]
+    )
     api_workers: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="default: 2 × cores + 1, bounded by memory", examples=[5]
     )
     api_threads: int = Field(8, ge=1, le=256, examples=[8])
     max_body_bytes: int = Field(1_048_576, ge=1024, le=64 * 1_048_576, examples=[1_048_576])
-    events_bind: str = Field("127.0.0.1:8081", description="`unix:/path` or host:port", examples=["unix:/run/quern/events.sock"])
+    events_bind: str = Field(
+        "127.0.0.1:8081", description="`unix:/path` or host:port", examples=["unix:/run/quern/events.sock"]
+    )
     engine_socket: Path = Field(Path("/run/quern/engine.sock"), examples=["/run/quern/engine.sock"])
     engine_parallel: int = Field(8, ge=1, le=64, description="AI jobs in flight at once")
-    requests_per_minute: int = Field(100, ge=0, le=1_000_000, description="per key, unless the key says otherwise; 0: no limit")
+    requests_per_minute: int = Field(
+        100, ge=0, le=1_000_000, description="per key, unless the key says otherwise; 0: no limit"
+    )
 
-    mail: MailSettings | None = Field(None, description="the SMTP relay; without it email steps fail with a clear error")
-    mail_password: SecretStr | None = Field(None, description="the relay's password; kept apart so that it can be a credential")
+    mail: MailSettings | None = Field(
+        None, description="the SMTP relay; without it email steps fail with a clear error"
+    )
+    mail_password: SecretStr | None = Field(
+        None, description="the relay's password; kept apart so that it can be a credential"
+    )
     webhook: WebhookSettings = WebhookSettings()
     job: JobSettings = JobSettings()
     event: EventSettings = EventSettings()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_file: Path | None = Field(None, description="default: standard error")
-    metrics_bind: str | None = Field(None, description="`unix:/path` or host:port of this process's metrics", examples=["127.0.0.1:9464"])
+    metrics_bind: str | None = Field(
+        None, description="`unix:/path` or host:port of this process's metrics", examples=["127.0.0.1:9464"]
+    )
     metrics_dir: Path | None = Field(None, description="where the API's processes share their counters")
     otlp_endpoint: str | None = Field(None, pattern=r"^https?://", examples=["http://127.0.0.1:4318/v1/traces"])
 
@@ -104,7 +121,9 @@ class Settings(BaseSettings):
             try:
                 Fernet(key.strip())
             except ValueError:
-                raise ValueError("each key must be 32 url-safe base64-encoded bytes; make one with `quern secret-key`") from None
+                raise ValueError(
+                    "each key must be 32 url-safe base64-encoded bytes; make one with `quern secret-key`"
+                ) from None
         return value
 
     @field_validator("audit_key")

@@ -32,5 +32,7 @@ def missing(db: Db) -> list[str]:
     for indexes in _ALL:
         for collection, models in indexes.items():
             present = set(db[collection].index_information())
-            absent += [f"{collection}.{item.document['name']}" for item in models if item.document["name"] not in present]
+            absent += [
+                f"{collection}.{item.document['name']}" for item in models if item.document["name"] not in present
+            ]
     return absent

@@ -92,7 +92,9 @@ def _add_errors(app: Flask) -> None:
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
-        return answer(Problem(413, f"the body is too large; at most {app.config['MAX_CONTENT_LENGTH']} bytes are accepted"))
+        return answer(
+            Problem(413, f"the body is too large; at most {app.config['MAX_CONTENT_LENGTH']} bytes are accepted")
+        )
 
     @app.errorhandler(HTTPException)
     def http(error: HTTPException) -> Response:
@@ -147,6 +149,3 @@ def _add_own_routes(app: Flask, runtime: Runtime) -> None:
         if request.headers.get("X-Forwarded-For"):
             raise Problem(404, "there is no such path; see /api/docs")
         return Response(generate_latest(metrics.registry()), content_type=CONTENT_TYPE_LATEST)
-
-
-

@@ -35,10 +35,14 @@ class AuditPage(Page[AuditEntry]):
 
 
 def _show(document: Document) -> AuditEntry:
-    return AuditEntry(id=document["_id"], **{name: document.get(name) for name in AuditEntry.model_fields if name != "id"})
+    return AuditEntry(
+        id=document["_id"], **{name: document.get(name) for name in AuditEntry.model_fields if name != "id"}
+    )
 
 
-@edge.operation("GET", "/audit", scope="audit:read", summary="Read the audit log", query=AuditQuery, answers={200: AuditPage})
+@edge.operation(
+    "GET", "/audit", scope="audit:read", summary="Read the audit log", query=AuditQuery, answers={200: AuditPage}
+)
 def list_audit(call: Call) -> Reply:
     """Newest first. `quern audit verify` on the host checks the whole chain."""
     query: AuditQuery = call.query
@@ -49,7 +53,10 @@ def list_audit(call: Call) -> Reply:
                 raise ValueError(after[0])
         except ValueError:
             raise Problem(
-                422, "not a cursor of this list", kind="validation", errors=[Fault(pointer="?cursor", detail="malformed")]
+                422,
+                "not a cursor of this list",
+                kind="validation",
+                errors=[Fault(pointer="?cursor", detail="malformed")],
             ) from None
     found = store.listing(call.db, call.tenant, after=after, limit=query.limit + 1, subject=query.subject)
     items, following = page(found, query.limit, _show, lambda item: [item["at"].isoformat(), item["_id"]])

@@ -48,7 +48,9 @@ def parse(raw: bytes, limit: int) -> Any:
     except _TwiceError:
         raise Problem(400, "an object names a member twice") from None
     except (ValueError, RecursionError):
-        raise Problem(400, "the body is not JSON in UTF-8 (RFC 8259, without NaN, Infinity or lone surrogates)") from None
+        raise Problem(
+            400, "the body is not JSON in UTF-8 (RFC 8259, without NaN, Infinity or lone surrogates)"
+        ) from None
     if _deeper_than(value, MAX_DEPTH):
         raise Problem(400, f"the body nests deeper than {MAX_DEPTH} levels")
     return value

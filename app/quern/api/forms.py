@@ -121,7 +121,9 @@ def _checked(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(field, DateField) and field.earliest and field.latest and field.earliest > field.latest:
             faults.append(Fault(pointer=f"/fields/{position}/latest", detail="is before `earliest`"))
     if faults:
-        raise Problem(422, "the workflow or a field does not fit the form; see `errors`", kind="validation", errors=faults)
+        raise Problem(
+            422, "the workflow or a field does not fit the form; see `errors`", kind="validation", errors=faults
+        )
     definition = FormDefinition(fields=body.fields).model_dump(mode="json", exclude_defaults=True)
     for field, made in zip(body.fields, definition["fields"], strict=True):
         made["type"] = field.type
@@ -138,9 +140,7 @@ def create_form(call: Call) -> Reply:
     return Reply(show(document), 201, {"Location": f"/api/v1/forms/{document['_id']}"})
 
 
-@edge.operation(
-    "GET", "/forms", scope="forms:read", summary="List forms", query=FormQuery, answers={200: FormPage}
-)
+@edge.operation("GET", "/forms", scope="forms:read", summary="List forms", query=FormQuery, answers={200: FormPage})
 def list_forms(call: Call) -> Reply:
     """Newest first."""
     query: FormQuery = call.query
@@ -182,7 +182,11 @@ def put_form(call: Call, form: str) -> Reply:
 
 
 @edge.operation(
-    "POST", "/forms/{form}/publish", scope="forms:write", summary="Publish the draft as the next version", answers={200: Form}
+    "POST",
+    "/forms/{form}/publish",
+    scope="forms:write",
+    summary="Publish the draft as the next version",
+    answers={200: Form},
 )
 def publish_form(call: Call, form: str) -> Reply:
     """Opens the form, everywhere within a second. Responses to earlier versions are accepted as long as they name their version."""
@@ -211,13 +215,17 @@ def _turn(call: Call, form: str, status: str) -> Reply:
     return Reply(show(document))
 
 
-@edge.operation("POST", "/forms/{form}/close", scope="forms:write", summary="Stop accepting responses", answers={200: Form})
+@edge.operation(
+    "POST", "/forms/{form}/close", scope="forms:write", summary="Stop accepting responses", answers={200: Form}
+)
 def close_form(call: Call, form: str) -> Reply:
     """Takes hold everywhere within a second. What was accepted is still worked on."""
     return _turn(call, form, "closed")
 
 
-@edge.operation("POST", "/forms/{form}/open", scope="forms:write", summary="Accept responses again", answers={200: Form})
+@edge.operation(
+    "POST", "/forms/{form}/open", scope="forms:write", summary="Accept responses again", answers={200: Form}
+)
 def open_form(call: Call, form: str) -> Reply:
     return _turn(call, form, "open")
 
@@ -238,9 +246,7 @@ def list_versions(call: Call, form: str) -> Reply:
     after = query.position(1)
     if after and not after[0].isdigit():
         raise Problem(422, "not a cursor of this list", kind="validation")
-    found = store.versions(
-        call.db, call.tenant, form, before=int(after[0]) if after else None, limit=query.limit + 1
-    )
+    found = store.versions(call.db, call.tenant, form, before=int(after[0]) if after else None, limit=query.limit + 1)
     items, following = page(found, query.limit, _show_version, lambda document: [str(document["version"])])
     return Reply(VersionPage(items=items, next_cursor=following))
 

@@ -95,7 +95,10 @@ def begin(db: Db, tenant: str, route: str, key: str, token: str, request: bytes)
     )
     if taken.matched_count != 1:
         raise Problem(
-            409, "the first request with this key is still running", kind="request-in-progress", headers={"Retry-After": "1"}
+            409,
+            "the first request with this key is still running",
+            kind="request-in-progress",
+            headers={"Retry-After": "1"},
         )
     return Record(identity, (token, key), attempt)
 
@@ -114,7 +117,9 @@ def finish(db: Db, record: Record, answer: Kept, session: ClientSession) -> None
         session=session,
     )
     if written.matched_count != 1:
-        raise Problem(409, "another request with this key took over", kind="request-in-progress", headers={"Retry-After": "1"})
+        raise Problem(
+            409, "another request with this key took over", kind="request-in-progress", headers={"Retry-After": "1"}
+        )
 
 
 def abandon(db: Db, record: Record) -> None:

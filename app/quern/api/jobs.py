@@ -118,7 +118,12 @@ def cancel_job(call: Call, job: str) -> Reply:
 
 
 @edge.operation(
-    "POST", "/jobs/{job}/replay", scope="jobs:write", summary="Run a dead job again", answers={202: Job}, transaction=False
+    "POST",
+    "/jobs/{job}/replay",
+    scope="jobs:write",
+    summary="Run a dead job again",
+    answers={202: Job},
+    transaction=False,
 )
 def replay_job(call: Call, job: str) -> Reply:
     """Dead letters only. A webhook keeps its `webhook-id`, so a receiver that had it already can tell."""

@@ -79,7 +79,9 @@ def create_key(call: Call) -> Reply:
             session=call.session,
         )
     except keys.UnknownScopeError as error:
-        raise Problem(422, str(error), kind="validation", errors=[Fault(pointer="/scopes", detail=str(error))]) from None
+        raise Problem(
+            422, str(error), kind="validation", errors=[Fault(pointer="/scopes", detail=str(error))]
+        ) from None
     call.audit("key.created", document["_id"], {"kind": body.kind, "scopes": document["scopes"]})
     return Reply(NewKey(**_fields(document), key=whole), 201, {"Location": f"/api/v1/keys/{document['_id']}"})
 

@@ -21,9 +21,7 @@ def describe(operations: Iterable[Operation], version: str) -> dict[str, Any]:
     for operation in made:
         if operation.body:
             models.add((operation.body, "validation"))
-        models |= {
-            (model, "serialization") for model in operation.answers.values() if isinstance(model, type)
-        }
+        models |= {(model, "serialization") for model in operation.answers.values() if isinstance(model, type)}
     ordered = sorted(models, key=lambda pair: (pair[0].__name__, pair[1]))
     references, definitions = models_json_schema(ordered, ref_template="#/components/schemas/{model}")
     paths: dict[str, Any] = {}
@@ -61,7 +59,12 @@ def _operation(operation: Operation, references: dict[Any, Any]) -> dict[str, An
                 "name": idempotency.HEADER,
                 "in": "header",
                 "required": False,
-                "schema": {"type": "string", "minLength": 1, "maxLength": idempotency.MAX_LENGTH, "pattern": r"^[\x21-\x7e]+$"},
+                "schema": {
+                    "type": "string",
+                    "minLength": 1,
+                    "maxLength": idempotency.MAX_LENGTH,
+                    "pattern": r"^[\x21-\x7e]+$",
+                },
                 "description": "The same request under the same key has one effect and the same answer, for a day.",
             }
         )
@@ -91,7 +94,10 @@ def _answer(model: type[BaseModel] | str | None, references: dict[Any, Any]) -> 
         names = ["application/jsonl", "text/csv"] if model == "application/jsonl" else [model]
         return {"description": "A stream", "content": {name: {"schema": {"type": "string"}} for name in names}}
     schema = references[(model, "serialization")]
-    return {"description": (model.__doc__ or "Done").strip().split("\n")[0], "content": {"application/json": {"schema": schema}}}
+    return {
+        "description": (model.__doc__ or "Done").strip().split("\n")[0],
+        "content": {"application/json": {"schema": schema}},
+    }
 
 
 def _path_parameters(path: str) -> list[dict[str, Any]]:

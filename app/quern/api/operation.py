@@ -124,7 +124,9 @@ class Edge:
             def view(**arguments: str) -> Response:
                 return _serve(made, handler, unsafe and transaction, arguments)
 
-            self.blueprint.add_url_rule(rule, f"{handler.__name__}", view, methods=[method], provide_automatic_options=False)
+            self.blueprint.add_url_rule(
+                rule, f"{handler.__name__}", view, methods=[method], provide_automatic_options=False
+            )
             return handler
 
         return declare
@@ -134,7 +136,9 @@ class Edge:
         self.operations.append(operation)
 
 
-def _serve(operation: Operation, handler: Callable[..., Reply], transaction: bool, arguments: dict[str, str]) -> Response:
+def _serve(
+    operation: Operation, handler: Callable[..., Reply], transaction: bool, arguments: dict[str, str]
+) -> Response:
     runtime: Runtime = current_app.extensions["quern"]
     g.route = f"{operation.method} {operation.path}"
     with pymongo.timeout(DATABASE_SECONDS):
@@ -160,7 +164,9 @@ def _authenticate(runtime: Runtime, operation: Operation) -> Principal:
     principal = runtime.authenticate(runtime.store.db, request.headers.get("Authorization"))
     if principal is None:
         raise Problem(
-            401, "expected `Authorization: Bearer <API key>` with a key that is valid", headers={"WWW-Authenticate": "Bearer"}
+            401,
+            "expected `Authorization: Bearer <API key>` with a key that is valid",
+            headers={"WWW-Authenticate": "Bearer"},
         )
     if operation.scope not in principal.scopes:
         raise Problem(403, f"this key does not have the scope {operation.scope}", kind="scope-missing")
@@ -189,7 +195,9 @@ def _query(model: type[BaseModel]) -> BaseModel:
     values: dict[str, Any] = {}
     for name, found in request.args.lists():
         if len(found) > 1:
-            raise Problem(422, f"the query parameter {name[:100]} came {len(found)} times; expected once", kind="validation")
+            raise Problem(
+                422, f"the query parameter {name[:100]} came {len(found)} times; expected once", kind="validation"
+            )
         values[name] = found[0]
     try:
         return model.model_validate(values)
@@ -229,7 +237,9 @@ def _transact(
         response = _respond(handler(call, **arguments))
         if kept is not None:
             shown = {name: value for name, value in response.headers.items() if name in ("Location", "ETag")}
-            idempotency.finish(call.db, kept, idempotency.Kept(response.status_code, response.get_data(), shown), session)
+            idempotency.finish(
+                call.db, kept, idempotency.Kept(response.status_code, response.get_data(), shown), session
+            )
         return response
 
     try:
@@ -273,4 +283,6 @@ def observe(began: float, status: int) -> None:
     """Count one answered request."""
     route = getattr(g, "route", "unmatched")
     metrics.REQUESTS.labels(route, request.method if route != "unmatched" else "-", status).inc()
-    metrics.REQUEST_SECONDS.labels(route, request.method if route != "unmatched" else "-").observe(time.monotonic() - began)
+    metrics.REQUEST_SECONDS.labels(route, request.method if route != "unmatched" else "-").observe(
+        time.monotonic() - began
+    )

@@ -26,7 +26,9 @@ class PageQuery(BaseModel):
         try:
             return cursor.decode(self.cursor, length)
         except cursor.BadCursorError as error:
-            raise Problem(422, str(error), kind="validation", errors=[Fault(pointer="?cursor", detail=str(error))]) from None
+            raise Problem(
+                422, str(error), kind="validation", errors=[Fault(pointer="?cursor", detail=str(error))]
+            ) from None
 
 
 class Page(BaseModel, Generic[Item]):

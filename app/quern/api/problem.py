@@ -34,7 +34,7 @@ class ProblemDetails(BaseModel):
     errors: list[Fault] | None = None
 
 
-class Problem(Exception):  # noqa: N818 - the RFC's own word
+class Problem(Exception):
     """An answer that is an error. `detail` says what was expected, what was found and what to do; never an answer's text."""
 
     def __init__(
@@ -68,7 +68,9 @@ def invalid(error: ValidationError, prefix: str = "") -> Problem:
 
 def away(what: str) -> Problem:
     """A 503 that invites the client back."""
-    return Problem(503, f"{what} is out of reach; nothing was changed, try again", kind="away", headers={"Retry-After": "2"})
+    return Problem(
+        503, f"{what} is out of reach; nothing was changed, try again", kind="away", headers={"Retry-After": "2"}
+    )
 
 
 def render(problem: Problem, request_id: str) -> Response:

@@ -213,7 +213,10 @@ def _was_accepted(call: Call, form: str) -> bool:
     """Whether this is a repetition of a response that came in while the form was open."""
     if call.idempotency_key is None:
         return False
-    return call.db.responses.find_one({"_id": intake.identity(call.tenant, form, call.idempotency_key)}, {"_id": 1}) is not None
+    return (
+        call.db.responses.find_one({"_id": intake.identity(call.tenant, form, call.idempotency_key)}, {"_id": 1})
+        is not None
+    )
 
 
 @edge.operation(
@@ -233,7 +236,10 @@ def list_responses(call: Call, form: str) -> Reply:
         _check_moment(after[0])
     found = store.listing(call.db, call.tenant, where, after=after, limit=query.limit + 1)
     items, following = page(
-        found, query.limit, lambda item: _without_vectors(show(item)), lambda item: [item["created"].isoformat(), item["_id"]]
+        found,
+        query.limit,
+        lambda item: _without_vectors(show(item)),
+        lambda item: [item["created"].isoformat(), item["_id"]],
     )
     return Reply(ResponsePage(items=items, next_cursor=following))
 
@@ -244,7 +250,9 @@ def _check_moment(text: str) -> None:
     except ValueError:
         moment = None
     if moment is None or moment.tzinfo is None:
-        raise Problem(422, "not a cursor of this list", kind="validation", errors=[Fault(pointer="?cursor", detail="malformed")])
+        raise Problem(
+            422, "not a cursor of this list", kind="validation", errors=[Fault(pointer="?cursor", detail="malformed")]
+        )
 
 
 def _without_vectors(response: Response) -> Response:

@@ -46,7 +46,8 @@ def seal_pending(db: Db, key: bytes, limit: int = 1000) -> int:
         previous = seal_of(key, previous, document, seq)
         writes.append(
             UpdateOne(
-                {"_id": document["_id"], "pending": True}, {"$set": {"seq": seq, "seal": previous}, "$unset": {"pending": ""}}
+                {"_id": document["_id"], "pending": True},
+                {"$set": {"seq": seq, "seal": previous}, "$unset": {"pending": ""}},
             )
         )
     if not writes:

@@ -19,7 +19,9 @@ from quern.store.connection import Db, Document
 
 INDEXES = {
     "audit": [
-        IndexModel([("seq", ASCENDING)], unique=True, partialFilterExpression={"seq": {"$exists": True}}, name="sealed"),
+        IndexModel(
+            [("seq", ASCENDING)], unique=True, partialFilterExpression={"seq": {"$exists": True}}, name="sealed"
+        ),
         IndexModel([("pending", ASCENDING), ("_id", ASCENDING)], sparse=True, name="unsealed"),
         IndexModel([("tenant", ASCENDING), ("at", ASCENDING), ("_id", ASCENDING)], name="by_tenant"),
         IndexModel([("subject", ASCENDING), ("action", ASCENDING)], name="by_subject"),

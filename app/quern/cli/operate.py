@@ -97,7 +97,9 @@ def show_job(identity: str, as_json: bool) -> None:
         return
     emit([{"name": name, "value": value} for name, value in row.items()], ["name", "value"], False, "")
     click.echo()
-    emit([{**event, "data": event["data"] or ""} for event in document["log"]], ["seq", "type", "at", "data"], False, "")
+    emit(
+        [{**event, "data": event["data"] or ""} for event in document["log"]], ["seq", "type", "at", "data"], False, ""
+    )
 
 
 @job_group.command("cancel")
@@ -250,11 +252,15 @@ def doctor(as_json: bool) -> None:
         ("replica set", _check_replica_set, "rs.initiate() once: transactions need a replica set"),
         ("indexes", _check_indexes, "quern migrate"),
         ("Redis queue", _check_redis, "systemctl status redis-queue; check QUERN_REDIS_QUEUE_URL"),
-        ("Redis policy", _check_redis_policy, "set `maxmemory-policy noeviction` and `appendonly yes` for Redis `queue`"),
+        (
+            "Redis policy",
+            _check_redis_policy,
+            "set `maxmemory-policy noeviction` and `appendonly yes` for Redis `queue`",
+        ),
         ("engine", _check_engine, "systemctl status quern-engine; check QUERN_ENGINE_SOCKET"),
         ("mail relay", _check_mail, "set QUERN_MAIL__HOST and QUERN_MAIL__FROM_ADDRESS, or check the relay"),
         ("API", _check_api, "systemctl status quern-api; check QUERN_API_BIND"),
-        ("events", _check_events, "systemctl status quern-events; check QUERN_EVENT_BIND"),
+        ("events", _check_events, "systemctl status quern-events; check QUERN_EVENTS_BIND"),
         ("scheduler", _check_scheduler, "systemctl status quern-scheduler"),
         ("relay", _check_relay, "systemctl status quern-relay"),
         ("dead letters", _check_dead, "quern dead list"),
@@ -353,7 +359,7 @@ def _check_api() -> str:
 
 
 def _check_events() -> str:
-    return _answers(open_runtime().settings.event_bind)
+    return _answers(open_runtime().settings.events_bind)
 
 
 def _check_scheduler() -> str:
@@ -364,7 +370,9 @@ def _check_scheduler() -> str:
 
 
 def _check_relay() -> str:
-    first = open_runtime().store.db.responses.find_one({"outbox.at": {"$exists": True}}, {"outbox.at": 1}, sort=[("outbox.at", 1)])
+    first = open_runtime().store.db.responses.find_one(
+        {"outbox.at": {"$exists": True}}, {"outbox.at": 1}, sort=[("outbox.at", 1)]
+    )
     age = (clock.now() - first["outbox"]["at"]).total_seconds() if first else 0.0
     if age > 10:
         raise RuntimeError(f"expected outboxes to be relayed at once, found one that waits for {age:.0f} s")
@@ -385,5 +393,3 @@ def _check_disk() -> str:
     if free < 0.1:
         raise RuntimeError(f"expected 10 % free, found {free:.0%}")
     return f"{free:.0%} free"
-
-

@@ -48,7 +48,7 @@ def api() -> None:
 
 @click.command()
 def events() -> None:
-    """Serve event streams (QUERN_EVENT_BIND): everything that waits."""
+    """Serve event streams (QUERN_EVENTS_BIND): everything that waits."""
     from quern.events.server import main
     from quern.events.wiring import authenticator
 

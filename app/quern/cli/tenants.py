@@ -36,7 +36,9 @@ def create_tenant(name: str, requests_per_minute: int | None, as_json: bool) -> 
     if as_json:
         emit_json({"id": made["_id"], "name": name, "key_id": key["_id"], "key": whole})
     else:
-        click.echo(f"tenant {made['_id']}\nkey    {whole}\n\nThe key cannot be shown again. It has every scope; make narrower ones with `quern key create`.")
+        click.echo(
+            f"tenant {made['_id']}\nkey    {whole}\n\nThe key cannot be shown again. It has every scope; make narrower ones with `quern key create`."
+        )
 
 
 @tenant.command("list")
@@ -44,7 +46,12 @@ def create_tenant(name: str, requests_per_minute: int | None, as_json: bool) -> 
 def list_tenants(as_json: bool) -> None:
     """List tenants."""
     rows = [{"id": row.pop("_id"), **row} for row in tenants.listing(open_runtime().store.db)]
-    emit(rows, ["id", "name", "created", "suspended", "requests_per_minute"], as_json, "No tenants. `quern tenant create NAME`")
+    emit(
+        rows,
+        ["id", "name", "created", "suspended", "requests_per_minute"],
+        as_json,
+        "No tenants. `quern tenant create NAME`",
+    )
 
 
 def _suspend(identity: str, suspended: bool) -> None:
@@ -89,7 +96,12 @@ def key() -> None:
 @click.option("--requests-per-minute", type=click.IntRange(0, 1_000_000), help="0: no limit. Default: the tenant's.")
 @json_option
 def create_key(
-    tenant_id: str, name: str, publishable: bool, scopes: tuple[str, ...], requests_per_minute: int | None, as_json: bool
+    tenant_id: str,
+    name: str,
+    publishable: bool,
+    scopes: tuple[str, ...],
+    requests_per_minute: int | None,
+    as_json: bool,
 ) -> None:
     """Make a key; it is shown once."""
     store = open_runtime().store

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from pymongo.asynchronous.collection import AsyncCollection
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import PyMongoError
 
 from quern.events import metrics, sse
 from quern.jobs.model import ENDED
@@ -32,8 +32,6 @@ _FIELDS: Final = {"tenant": 1, "state": 1, "log": 1}
 _MOST_IN_ONE_QUERY: Final = 500
 _STALLED_SECONDS: Final = 10.0
 _LONGEST_PAUSE_SECONDS: Final = 5.0
-_TOKEN_REFUSED: Final = frozenset({260, 280, 286})
-"""InvalidResumeToken, ChangeStreamFatalError, ChangeStreamHistoryLost: the next stream must start afresh."""
 
 
 class JobLog:
@@ -143,28 +141,24 @@ class Hub:
         self._work.set()
 
     async def _follow(self) -> None:
-        token: Mapping[str, Any] | None = None
         failures = 0
         while True:
             try:
                 async with asyncio.timeout(_STALLED_SECONDS):
-                    stream = await self._jobs().watch(_PIPELINE, resume_after=token, batch_size=1000)
+                    stream = await self._jobs().watch(_PIPELINE, batch_size=1000)
                 async with stream:
-                    # Only now: what is written from here on is in the stream, what was written before is read.
+                    # Only now: what is written from here on is in the stream, and what was written before is read.
+                    # So a new stream needs no resume token; pymongo keeps one for breaks that it mends itself.
                     self._read_again(self._followed)
                     self._following, failures = True, 0
                     metrics.LIVE.set(1)
                     while stream.alive:
                         async with asyncio.timeout(_STALLED_SECONDS):
                             change = await stream.try_next()
-                        token = stream.resume_token
                         if change is not None and (job := change["documentKey"]["_id"]) in self._followed:
                             self._read_again([job])
-                # The collection was dropped or renamed; its token leads nowhere.
-                token = None
+                _log.warning("the change stream ended: the collection was dropped or renamed; it is opened again")
             except (PyMongoError, TimeoutError) as error:
-                if isinstance(error, OperationFailure) and error.code in _TOKEN_REFUSED:
-                    token = None
                 _log.warning("the change stream broke; it is opened again", extra={"error": type(error).__name__})
             self._following = False
             metrics.LIVE.set(0)

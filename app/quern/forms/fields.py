@@ -2,7 +2,7 @@
 
 from datetime import date
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal, Union
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -50,7 +50,9 @@ class TextField(_Field):
             try:
                 create_model("Probe", probe=(Annotated[str, Field(pattern=self.pattern)], ...))
             except Exception:
-                raise ValueError("pattern is not a regular expression of the linear-time dialect (no look-around)") from None
+                raise ValueError(
+                    "pattern is not a regular expression of the linear-time dialect (no look-around)"
+                ) from None
         return self
 
 
@@ -131,18 +133,16 @@ class GroupField(_Field):
 
 
 AnyField = Annotated[
-    Union[
-        TextField,
-        LongTextField,
-        NumberField,
-        ChoiceField,
-        MultipleChoiceField,
-        EmailField,
-        DateField,
-        RatingField,
-        ConsentField,
-        GroupField,
-    ],
+    TextField
+    | LongTextField
+    | NumberField
+    | ChoiceField
+    | MultipleChoiceField
+    | EmailField
+    | DateField
+    | RatingField
+    | ConsentField
+    | GroupField,
     Field(discriminator="type"),
 ]
 GroupField.model_rebuild()
@@ -191,12 +191,16 @@ def _annotation(field: Any, name: str) -> Any:
             return Annotated[
                 str,
                 BeforeValidator(_without_nul),
-                Field(min_length=1 if field.required else 0, max_length=field.max_length, pattern=_anchored(field.pattern)),
+                Field(
+                    min_length=1 if field.required else 0, max_length=field.max_length, pattern=_anchored(field.pattern)
+                ),
                 AfterValidator(_one_line),
             ]
         case LongTextField():
             return Annotated[
-                str, BeforeValidator(_without_nul), Field(min_length=1 if field.required else 0, max_length=field.max_length)
+                str,
+                BeforeValidator(_without_nul),
+                Field(min_length=1 if field.required else 0, max_length=field.max_length),
             ]
         case NumberField():
             low = -_MAX_NUMBER if field.minimum is None else field.minimum
@@ -221,7 +225,11 @@ def _annotation(field: Any, name: str) -> Any:
         case GroupField():
             group = answers_model(field.fields, name)
             fewest = 1 if field.required else 0
-            return Annotated[list[group], Field(min_length=fewest, max_length=field.max_items)] if field.repeated else group  # type: ignore[valid-type]
+            return (
+                Annotated[list[group], Field(min_length=fewest, max_length=field.max_items)]
+                if field.repeated
+                else group
+            )  # type: ignore[valid-type]
     raise TypeError(f"no rule for {type(field).__name__}")
 
 

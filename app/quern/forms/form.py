@@ -36,7 +36,9 @@ class Version:
     """JSON of the workflow's definition."""
 
 
-def create(db: Db, tenant: str, name: str, definition: Any, workflow: Any, session: ClientSession | None = None) -> Document:
+def create(
+    db: Db, tenant: str, name: str, definition: Any, workflow: Any, session: ClientSession | None = None
+) -> Document:
     """Make a form with its first draft. `definition` and `workflow` are JSON values that were validated before."""
     now = clock.now()
     document: Document = {
@@ -68,7 +70,14 @@ def listing(db: Db, tenant: str, *, after: str | None, limit: int, status: str |
 
 
 def save_draft(
-    db: Db, tenant: str, form: str, *, name: str | None, definition: Any, workflow: Any, session: ClientSession | None = None
+    db: Db,
+    tenant: str,
+    form: str,
+    *,
+    name: str | None,
+    definition: Any,
+    workflow: Any,
+    session: ClientSession | None = None,
 ) -> Document | None:
     """Replace the draft; published versions stay as they are. None: no such form."""
     change: Document = {"draft": _dump(definition, workflow), "updated": clock.now()}

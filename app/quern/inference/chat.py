@@ -1,8 +1,8 @@
 """A conversation becomes tokens through the model's own chat template, without letting any text in it forge a turn.
 
-The template (Jinja, from the model file) is rendered with a random mark in place of every text from outside. What lies between
-the marks is the template's, and its control tokens count; each text is tokenised apart, as plain text. So an answer that
-contains `<|im_end|>` is only those ten characters.
+The template (Jinja, from the model file) is rendered with a random mark in place of every text from outside. What lies
+between the marks is the template's, and its control tokens count; each text is tokenised apart, as plain text. So an
+answer that contains `<|im_end|>` is only those ten characters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Zero-shot classification by meaning: a text goes to the label whose description and examples lie nearest to it.
 
-Prototypes are means of sentence vectors (Snell et al., "Prototypical Networks", 2017), computed by an encoder that was never
-trained on the labels.
+Prototypes are means of sentence vectors (Snell et al., "Prototypical Networks", 2017), computed by an encoder that was
+never trained on the labels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine: a UNIX socket in front of a supervised model process.
 
-`main(settings)` runs it until SIGTERM or SIGINT; `python -m quern.inference.engine --socket PATH --models DIR` does the same
-with settings from the command line on top of `QUERN_ENGINE_…`.
+`main(settings)` runs it until SIGTERM or SIGINT; `python -m quern.inference.engine --socket PATH --models DIR` does the
+same with settings from the command line on top of `QUERN_ENGINE_…`.
 """
 
 from __future__ import annotations

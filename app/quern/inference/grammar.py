@@ -1,8 +1,8 @@
 """A JSON Schema becomes a grammar that the model cannot leave, and the answer is validated again when it is complete.
 
-The grammar cannot say everything that a schema can (the bounds of numbers, say), so the validation decides. Schemas come from
-outside: they are bounded in size, depth and repetition, fetch nothing, and their regular expressions are left to the grammar,
-which matches them without backtracking.
+The grammar cannot say everything that a schema can (the bounds of numbers, say), so the validation decides. Schemas
+come from outside: they are bounded in size, depth and repetition, fetch nothing, and their regular expressions are left
+to the grammar, which matches them without backtracking.
 """
 
 from __future__ import annotations

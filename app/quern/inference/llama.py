@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python's low-level binding: a model, its vocabulary, a context and the batches fed to it.
 
-Only what the step loop needs, and nothing that waits or decides. Everything here runs in the model's own process: a fault in
-native code ends that process. Interfaces: llama.cpp's `include/llama.h` and ggml's `ggml-cpu.h`.
+Only what the step loop needs, and nothing that waits or decides. Everything here runs in the model's own process: a
+fault in native code ends that process. Interfaces: llama.cpp's `include/llama.h` and ggml's `ggml-cpu.h`.
 """
 
 from __future__ import annotations
@@ -260,6 +260,10 @@ class Context:
             raise LlamaError(f"row {row} has no logits")
         address = ctypes.cast(pointer, ctypes.c_void_p).value
         return np.frombuffer(self._row_type.from_address(address), np.float32)
+
+    def use_threads(self, threads: int) -> None:
+        """Compute the next batches with this many threads."""
+        api.llama_set_n_threads(self.handle, threads, threads)
 
     def share(self, source: int, target: int, length: int) -> None:
         """Let `target` begin with the first `length` tokens of `source`, without copying them."""

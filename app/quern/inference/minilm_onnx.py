@@ -3,11 +3,11 @@
 Needs only numpy and onnx, and runs as a program in the throw-away environment of scripts/fetch-models:
 `python minilm_onnx.py model.safetensors model.onnx [--float]`.
 
-Weights: symmetric int8, one scale for each output column, 7 bits wide so that the AVX2 kernels (which add two products in
-16 bits) cannot saturate. Activations: uint8, one scale for each call, found at run time. Quantisation scheme: Jacob et al.,
-"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018. The network is BERT
-(Devlin et al., 2018) with mean pooling and unit length (Reimers and Gurevych, 2019); fused operators are ONNX Runtime's
-`com.microsoft` domain.
+Weights: symmetric int8, one scale for each output column, 7 bits wide so that the AVX2 kernels (which add two products
+in 16 bits) cannot saturate. Activations: uint8, one scale for each call, found at run time. Quantisation scheme: Jacob
+et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018. The
+network is BERT (Devlin et al., 2018) with mean pooling and unit length (Reimers and Gurevych, 2019); fused operators
+are ONNX Runtime's `com.microsoft` domain.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The process that holds the models and runs native code; the engine starts it, and starts it again when it dies.
 
-Four threads: one reads the channel, one turns requests into tokens and grammars, one embeds, and the main one steps. Each
-writes into the step record what it is about to do. The channel is a socket pair of JSON lines; its frames are `Command` and
-`Report` below. Run as `python -m quern.inference.modelprocess CHANNEL_FD RECORD_FD`.
+Four threads: one reads the channel, one turns requests into tokens and grammars, one embeds, and the main one steps.
+Each writes into the step record what it is about to do. The channel is a socket pair of JSON lines; its frames are
+`Command` and `Report` below. Run as `python -m quern.inference.modelprocess CHANNEL_FD RECORD_FD`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +38,6 @@ from quern.inference.protocol import (
     ClassifyRequest,
     CountTokensRequest,
     Done,
-    Embeddings,
     EmbedRequest,
     ErrorKind,
     FaultRequest,
@@ -50,7 +50,8 @@ from quern.inference.protocol import (
     TokenCount,
     TokenLogprob,
 )
-from quern.inference.registry import FileIdentity, Model as ModelEntry, file_path, identity
+from quern.inference.registry import FileIdentity, file_path, identity
+from quern.inference.registry import Model as ModelEntry
 from quern.inference.settings import EngineSettings
 from quern.inference.steploop import Limits, Sequence, StepLoop
 from quern.inference.steprecord import Lane, StepRecord
@@ -191,7 +192,14 @@ class ModelProcess:
         settings = self._settings
         start_backend(self._options.blas)
         model = Model(path)
-        limits = Limits(settings.batch_size, settings.max_sequences, settings.reserved_sequences, settings.prefix_cache)
+        limits = Limits(
+            batch=settings.batch_size,
+            sequences=settings.max_sequences,
+            reserved_sequences=settings.reserved_sequences,
+            threads=self._options.threads,
+            prefix_cache=settings.prefix_cache,
+            adapt_threads=settings.adapt_threads,
+        )
         context = Context(
             model, settings.context, StepLoop.sequences_needed(limits), settings.batch_size, self._options
         )

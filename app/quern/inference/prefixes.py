@@ -1,9 +1,9 @@
 """Prompt beginnings that stay in context memory, so that the next prompt that begins alike does not compute them again.
 
-What to keep is found by itself: a finished prompt stays as a leaf; when another prompt of the same tenant begins alike, the leaf
-is cut down to what they share and becomes a trunk. Room is made by letting go of what was never used again first, then of what
-was used longest ago; nothing that a running sequence borrowed from is let go of. Tenants never share: what another's prompt
-begins with could be told from the time an answer takes.
+What to keep is found by itself: a finished prompt stays as a leaf; when another prompt of the same tenant begins alike,
+the leaf is cut down to what they share and becomes a trunk. Room is made by letting go of what was never used again
+first, then of what was used longest ago; nothing that a running sequence borrowed from is let go of. Tenants never
+share: what another's prompt begins with could be told from the time an answer takes.
 
 Pure bookkeeping: the caller moves the cells (`llama_memory_seq_cp`, `llama_memory_seq_rm`).
 """

@@ -1,7 +1,7 @@
 """The frames between the engine and its clients; docs/engine-protocol.md tells their order.
 
-One frame is one JSON object in UTF-8 and a newline. A client sends one request on a connection and reads events until one
-that ends it (`result` or `error`); closing the connection cancels the request.
+One frame is one JSON object in UTF-8 and a newline. A client sends one request on a connection and reads events until
+one that ends it (`result` or `error`); closing the connection cancels the request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which token comes next: penalties, bias, temperature, top-k, top-p, min-p, and a grammar that has the last word.
 
-Greedy and random choice over a row of logits; numpy, nothing kept between rows but what is passed in. Nucleus sampling: Holtzman
-et al., 2020; min-p: Nguyen et al., 2024; repetition penalty: Keskar et al., 2019 (CTRL).
+Greedy and random choice over a row of logits; numpy, nothing kept between rows but what is passed in. Nucleus sampling:
+Holtzman et al., 2020; min-p: Nguyen et al., 2024; repetition penalty: Keskar et al., 2019 (CTRL).
 """
 
 from __future__ import annotations

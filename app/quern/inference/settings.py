@@ -24,6 +24,7 @@ class EngineSettings(BaseSettings):
     threads: Annotated[int, Field(ge=1, le=512)] | None = Field(
         None, description="default: every core this process may use"
     )
+    adapt_threads: bool = Field(True, description="use fewer threads while the machine is busy with other work")
     context: int = Field(8192, ge=256, le=1 << 20, description="context memory, shared by all sequences")
     max_sequences: int = Field(8, ge=1, le=64, description="batch sequences decoded together")
     reserved_sequences: int = Field(

@@ -1,9 +1,9 @@
 """Continuous batching: all live sequences go forward together, one `llama_decode` a step.
 
-A step takes one token of every sequence that is answering, fills the rest of the batch with prompt pieces of those that are
-not there yet, computes, and chooses each next token. Sequences come and go between steps (Yu et al., "Orca", 2022; chunked
-prefill: Agrawal et al., "Sarathi", 2023). A sequence is admitted when its whole need (prompt and longest answer) fits into the
-context memory, so nothing that was admitted ever runs out of it.
+A step takes one token of every sequence that is answering, fills the rest of the batch with prompt pieces of those that
+are not there yet, computes, and chooses each next token. Sequences come and go between steps (Yu et al., "Orca", 2022;
+chunked prefill: Agrawal et al., "Sarathi", 2023). A sequence is admitted when its whole need (prompt and longest
+answer) fits into the context memory, so nothing that was admitted ever runs out of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import codecs
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from quern.inference import grammar, sampling
 from quern.inference.llama import Batch, Context, Grammar, LlamaError, NoRoomError, Vocabulary
+from quern.inference.pace import ThreadPace, thread_choices
 from quern.inference.prefixes import SHORTEST, Prefix, PrefixCache, Tokens, common_length
 from quern.inference.protocol import ErrorKind, Generation, Priority, TokenLogprob
 
@@ -48,12 +50,14 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may go on at once. Sizes in tokens."""
+    """How much may go on at once. Sizes in tokens; `threads` at most, fewer while the machine is busy with other work."""
 
     batch: int
     sequences: int
     reserved_sequences: int
+    threads: int
     prefix_cache: bool = True
+    adapt_threads: bool = True
 
 
 @dataclass(eq=False)
@@ -131,6 +135,7 @@ class StepLoop:
         self._vocabulary, self._context, self._limits, self._listener = vocabulary, context, limits, listener
         self._before_step = before_step
         self._batch = Batch(limits.batch)
+        self._pace = ThreadPace(thread_choices(limits.threads) if limits.adapt_threads else (limits.threads,))
         self._waiting: dict[Priority, deque[Sequence]] = {"interactive": deque(), "batch": deque()}
         self._live: list[Sequence] = []
         places = limits.sequences + limits.reserved_sequences
@@ -205,9 +210,12 @@ class StepLoop:
         if not self._batch.size:
             return False
         self._before_step([sequence.request for sequence in self._live])
+        threads = self._pace.choose(self._batch.size)
+        self._context.use_threads(threads)
         started = time.perf_counter()
         self._compute()
         computed = time.perf_counter()
+        self._pace.observe(self._batch.size, threads, computed - started)
         self.counters["steps_total"] += 1
         self.counters["step_seconds_total"] += computed - started
         if rows:

@@ -1,7 +1,7 @@
 """What the model's process is working on right now, in memory that outlives it.
 
-When native code dies there is no time to say what it died of. So before each step the process writes down the requests that
-take part; the process that started it reads this after the death. One page of 64-bit words in an anonymous file.
+When native code dies there is no time to say what it died of. So before each step the process writes down the requests
+that take part; the process that started it reads this after the death. One page of 64-bit words in an anonymous file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Keeps a model process alive and every request in order through its deaths.
 
-No native code runs here. A request that was in no step when the process died is simply given to the next one. Those that were
-are suspects: each runs again alone, and one that kills the process again ends as `crashed`; the others lose nothing. A stream
-goes on where it stopped. A process that was killed from outside (`SIGKILL`: an operator, the kernel out of memory) speaks much
-less against its requests than one that died of itself.
+No native code runs here. A request that was in no step when the process died is simply given to the next one. Those
+that were are suspects: each runs again alone, and one that kills the process again ends as `crashed`; the others lose
+nothing. A stream goes on where it stopped. A process that was killed from outside (`SIGKILL`: an operator, the kernel
+out of memory) speaks much less against its requests than one that died of itself.
 """
 
 from __future__ import annotations

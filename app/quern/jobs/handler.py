@@ -12,7 +12,7 @@ from quern.jobs.model import Job, NewJob, State
 from quern.store.connection import Db, Store
 
 
-class RetryLater(Exception):  # noqa: N818 - a verdict, not an error
+class RetryLater(Exception):
     """The job failed in a way that may pass.
 
     Args:
@@ -26,7 +26,7 @@ class RetryLater(Exception):  # noqa: N818 - a verdict, not an error
         self.reason, self.after, self.charged, self.last = reason, after, charged, last
 
 
-class Refused(Exception):  # noqa: N818 - a verdict, not an error
+class Refused(Exception):
     """The job can never succeed: it goes to the dead letters at once. `reason`: one line without personal data."""
 
     def __init__(self, reason: str) -> None:

@@ -45,7 +45,13 @@ _STATE = {state: {"state": state.value} for state in State}
 INDEXES = {
     "jobs": [
         IndexModel(
-            [("queue", ASCENDING), ("priority", ASCENDING), ("tenant", ASCENDING), ("due", ASCENDING), ("_id", ASCENDING)],
+            [
+                ("queue", ASCENDING),
+                ("priority", ASCENDING),
+                ("tenant", ASCENDING),
+                ("due", ASCENDING),
+                ("_id", ASCENDING),
+            ],
             partialFilterExpression=_STATE[State.QUEUED],
             name="claim",
         ),
@@ -53,7 +59,9 @@ INDEXES = {
         IndexModel([("wake", ASCENDING)], sparse=True, name="wake"),
         IndexModel([("tenant", ASCENDING), ("_id", DESCENDING)], name="by_tenant"),
         IndexModel([("tenant", ASCENDING), ("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
-        IndexModel([("state", ASCENDING), ("ended", DESCENDING)], partialFilterExpression=_STATE[State.DEAD], name="dead"),
+        IndexModel(
+            [("state", ASCENDING), ("ended", DESCENDING)], partialFilterExpression=_STATE[State.DEAD], name="dead"
+        ),
         IndexModel([("subject", ASCENDING)], sparse=True, name="by_subject"),
         IndexModel([("deadline", ASCENDING)], sparse=True, name="deadline"),
         IndexModel([("forget", ASCENDING)], sparse=True, expireAfterSeconds=0, name="forget"),

@@ -43,7 +43,10 @@ def insert(db: Db, jobs: Sequence[NewJob], session: ClientSession | None = None)
     now = clock.now()
     documents = [job.document(now) for job in jobs]
     if session is not None:
-        present = {found["_id"] for found in db.jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"_id": 1}, session=session)}
+        present = {
+            found["_id"]
+            for found in db.jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"_id": 1}, session=session)
+        }
         documents = [document for document in documents if document["_id"] not in present]
         for document in documents:
             if document["state"] == State.QUEUED:
@@ -196,7 +199,14 @@ def _unblock(db: Db, ids: Sequence[str], session: ClientSession) -> Opened:
     db.jobs.update_many(
         blocked,
         [
-            {"$set": {"state": State.QUEUED.value, "due": now, "wake": now + GRACE, "log": appended("queued", now, {})}},
+            {
+                "$set": {
+                    "state": State.QUEUED.value,
+                    "due": now,
+                    "wake": now + GRACE,
+                    "log": appended("queued", now, {}),
+                }
+            },
             {"$unset": ["ended", "forget"]},
         ],
         session=session,
@@ -325,7 +335,10 @@ def depth(db: Db) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {queue.value: {} for queue in Queue}
     alive = [State.BLOCKED.value, State.QUEUED.value, State.RUNNING.value, State.DEAD.value]
     for row in db.jobs.aggregate(
-        [{"$match": {"state": {"$in": alive}}}, {"$group": {"_id": {"queue": "$queue", "state": "$state"}, "n": {"$sum": 1}}}]
+        [
+            {"$match": {"state": {"$in": alive}}},
+            {"$group": {"_id": {"queue": "$queue", "state": "$state"}, "n": {"$sum": 1}}},
+        ]
     ):
         counts.setdefault(row["_id"]["queue"], {})[row["_id"]["state"]] = row["n"]
     return counts

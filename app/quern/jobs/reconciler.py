@@ -64,7 +64,9 @@ def reopen(store: Store) -> int:
     turns.open_many(db, [(job["queue"], job["priority"], job["tenant"], job["due"]) for job in waiting])
     if found:
         # Journaled after the turns, so a turn is never lost while its job's `wake` is gone.
-        db.jobs.update_many({"_id": {"$in": [job["_id"] for job in found]}, "wake": {"$lte": now}}, {"$unset": {"wake": ""}})
+        db.jobs.update_many(
+            {"_id": {"$in": [job["_id"] for job in found]}, "wake": {"$lte": now}}, {"$unset": {"wake": ""}}
+        )
     return len(waiting)
 
 
@@ -82,7 +84,12 @@ def expire(store: Store, registry: Registry) -> int:
         fence = {"state": document["state"], "deadline": document["deadline"]}
         try:
             queue.settle(
-                store, registry, Job.from_document(document), State.DEAD, error="its deadline passed while it waited", fence=fence
+                store,
+                registry,
+                Job.from_document(document),
+                State.DEAD,
+                error="its deadline passed while it waited",
+                fence=fence,
             )
             ended += 1
         except queue.LeaseLostError:
@@ -107,7 +114,12 @@ def observe(store: Store) -> None:
             metrics.QUEUE_DEPTH.labels(name.value, state.value).set(counts[name.value].get(state.value, 0))
         oldest = now
         for turn in db.turns.find({"queue": name.value, "ready": {"$lte": now}}).limit(100):
-            mine = {"queue": name.value, "priority": turn["priority"], "tenant": turn["tenant"], "state": State.QUEUED.value}
+            mine = {
+                "queue": name.value,
+                "priority": turn["priority"],
+                "tenant": turn["tenant"],
+                "state": State.QUEUED.value,
+            }
             first = db.jobs.find_one(mine, {"due": 1}, sort=[("due", 1)])
             oldest = min(oldest, first["due"]) if first else oldest
         metrics.QUEUE_AGE.labels(name.value).set(max(timedelta(0), now - oldest).total_seconds())

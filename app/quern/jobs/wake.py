@@ -33,8 +33,12 @@ def make_huey(queue: str, url: str, timeout: float = 1.0) -> RedisHuey:
 
 
 def bind(huey: RedisHuey, work: Callable[[], None]) -> TaskWrapper:
-    """Make `work` the one task of this Huey."""
-    return huey.task(name=TASK)(work)
+    """Make `work` the one task of this Huey, under a name that does not depend on who works."""
+
+    def run() -> None:
+        work()
+
+    return huey.task(name=TASK)(run)
 
 
 def _never_runs_here() -> None:
@@ -58,7 +62,9 @@ class Waker:
                 self._tasks[queue]()
         except (RedisError, OSError) as error:
             metrics.WAKE_FAILED.labels(queue).inc()
-            _log.warning("a wake-up was not sent; the reconciler will", extra={"queue": queue, "error": type(error).__name__})
+            _log.warning(
+                "a wake-up was not sent; the reconciler will", extra={"queue": queue, "error": type(error).__name__}
+            )
             return False
         return True
 

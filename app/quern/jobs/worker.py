@@ -76,7 +76,9 @@ class Leases:
 class Worker:
     """Runs the jobs of one queue until told to stop."""
 
-    def __init__(self, store: Store, registry: Registry, waker: wake.Waker, name: Queue, concurrency: int | None = None) -> None:
+    def __init__(
+        self, store: Store, registry: Registry, waker: wake.Waker, name: Queue, concurrency: int | None = None
+    ) -> None:
         self._store, self._registry, self._waker, self._queue = store, registry, waker, name
         self._concurrency = concurrency or CONCURRENCY[name]
         self._leases = Leases(store)
@@ -100,7 +102,9 @@ class Worker:
             shutdown_timeout=settings.job.drain_timeout,
         )
         self._stopping = consumer.stop_flag.is_set
-        _log.info("worker started", extra={"queue": self._queue.value, "concurrency": self._concurrency, "pid": os.getpid()})
+        _log.info(
+            "worker started", extra={"queue": self._queue.value, "concurrency": self._concurrency, "pid": os.getpid()}
+        )
         threading.Thread(target=self._drain_at_start, name="first drain", daemon=True).start()
         consumer.run()
         self._hand_back()
@@ -137,7 +141,9 @@ class Worker:
         token = logs.request_id.set(job.request_id)
         began = time.monotonic()
         try:
-            with traces.span(f"job {job.kind}", job.traceparent, **{"quern.job": job.id, "quern.queue": job.queue.value}) as parent:
+            with traces.span(
+                f"job {job.kind}", job.traceparent, **{"quern.job": job.id, "quern.queue": job.queue.value}
+            ) as parent:
                 state = self._run(job, Context(self._store, stop, parent))
         finally:
             self._leases.release(job)
@@ -161,7 +167,9 @@ class Worker:
     def _run(self, job: Job, context: Context) -> str:
         handler = self._registry.get(job.kind)
         if handler is None:
-            return self._retry(job, None, RetryLater(f"no handler for {job.kind} in this version", after=10, charged=False))
+            return self._retry(
+                job, None, RetryLater(f"no handler for {job.kind} in this version", after=10, charged=False)
+            )
         if job.deadline is not None and job.deadline < clock.now():
             return self._settle(job, State.DEAD, error="its deadline passed while it waited")
         try:

@@ -17,7 +17,9 @@ INDEXES = {
     "responses": [
         IndexModel([("outbox.at", ASCENDING)], sparse=True, name="outbox"),
         IndexModel([("tenant", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_tenant"),
-        IndexModel([("tenant", ASCENDING), ("form", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_form"),
+        IndexModel(
+            [("tenant", ASCENDING), ("form", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_form"
+        ),
     ],
 }
 
@@ -103,7 +105,11 @@ def erase(
             {
                 "$set": {
                     "state": {
-                        "$cond": [{"$in": ["$state", [state.value for state in ENDED]]}, "$state", State.CANCELLED.value]
+                        "$cond": [
+                            {"$in": ["$state", [state.value for state in ENDED]]},
+                            "$state",
+                            State.CANCELLED.value,
+                        ]
                     },
                     "ended": {"$ifNull": ["$ended", now]},
                     "erased": now,

@@ -33,5 +33,7 @@ class Vault:
 
 def from_client_secret(*secrets: str) -> Vault:
     """A vault whose key only the client can give again: what it seals, the server cannot read at rest."""
-    key = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"quern idempotent answer").derive("\0".join(secrets).encode())
+    key = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"quern idempotent answer").derive(
+        "\0".join(secrets).encode()
+    )
     return Vault(base64.urlsafe_b64encode(key).decode())

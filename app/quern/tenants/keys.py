@@ -78,7 +78,9 @@ def create(
     allowed = PUBLISHABLE if kind == "publishable" else frozenset(SCOPES)
     wanted = sorted(allowed if scopes is None else set(scopes))
     if strangers := sorted(set(wanted) - allowed):
-        raise UnknownScopeError(f"a {kind} key cannot have {', '.join(strangers)}; it can have {', '.join(sorted(allowed))}")
+        raise UnknownScopeError(
+            f"a {kind} key cannot have {', '.join(strangers)}; it can have {', '.join(sorted(allowed))}"
+        )
     identity, secret = identifier.new("key"), secrets.token_urlsafe(32)
     document: Document = {
         "_id": identity,
@@ -143,7 +145,12 @@ class Authenticator:
         """The principal behind `Bearer qrn_…`, or None when the key is missing, wrong, revoked, expired or orphaned."""
         scheme, _, token = (header or "").partition(" ")
         parts = token.strip().split("_", 3)
-        if scheme.lower() != "bearer" or len(parts) != 4 or parts[0] != "qrn" or not identifier.is_valid("key_" + parts[2], "key"):
+        if (
+            scheme.lower() != "bearer"
+            or len(parts) != 4
+            or parts[0] != "qrn"
+            or not identifier.is_valid("key_" + parts[2], "key")
+        ):
             return None
         fingerprint = hashlib.sha256(token.encode()).digest()
         kept = self._kept.get(fingerprint)

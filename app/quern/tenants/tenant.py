@@ -6,7 +6,9 @@ from quern.store import clock, identifier
 from quern.store.connection import Db, Document
 
 
-def create(db: Db, name: str, *, requests_per_minute: int | None = None, session: ClientSession | None = None) -> Document:
+def create(
+    db: Db, name: str, *, requests_per_minute: int | None = None, session: ClientSession | None = None
+) -> Document:
     """Make a tenant. `requests_per_minute`: the limit of each of its keys; None: the appliance's default; 0: none."""
     document: Document = {
         "_id": identifier.new("ten"),
@@ -30,5 +32,8 @@ def listing(db: Db) -> list[Document]:
 def suspend(db: Db, tenant: str, suspended: bool, session: ClientSession | None = None) -> Document | None:
     """Refuse (or accept again) every key of a tenant; returns its document or None."""
     return db.tenants.find_one_and_update(
-        {"_id": tenant}, {"$set": {"suspended": clock.now() if suspended else None}}, return_document=True, session=session
+        {"_id": tenant},
+        {"$set": {"suspended": clock.now() if suspended else None}},
+        return_document=True,
+        session=session,
     )

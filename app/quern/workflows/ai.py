@@ -101,7 +101,11 @@ def _ask(step: Step, reading: Reading, job: Job, context: Context, client: engin
 
 def _nearest(labels: list[Label], reading: Reading, job: Job, client: engine.EngineClient) -> dict[str, Any]:
     found = client.classify(job.tenant, reading.text, labels, deadline=_time_left(job))
-    return {"label": found.label, "score": round(found.score, 4), "scores": {k: round(v, 4) for k, v in found.scores.items()}}
+    return {
+        "label": found.label,
+        "score": round(found.score, 4),
+        "scores": {k: round(v, 4) for k, v in found.scores.items()},
+    }
 
 
 def _request(step: Step, reading: Reading, job: Job, max_tokens: int, schema: dict[str, Any] | None) -> GenerateRequest:

@@ -2,7 +2,7 @@
 
 import re
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal, Union
+from typing import Annotated, Any, Final, Literal
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
@@ -107,9 +107,7 @@ class WebhookStep(_Step):
 
 
 Step = Annotated[
-    Union[
-        SummarizeStep, ClassifyStep, ExtractStep, SentimentStep, TranslateStep, EmbedStep, EmailStep, WebhookStep
-    ],
+    SummarizeStep | ClassifyStep | ExtractStep | SentimentStep | TranslateStep | EmbedStep | EmailStep | WebhookStep,
     Field(discriminator="type"),
 ]
 
@@ -152,7 +150,9 @@ def _check_condition(step: _Step) -> None:
         if root not in ("answers", "results") or not rest:
             raise ValueError(f"step {step.name} looks at {path}; a path begins with `answers.` or `results.`")
         if root == "results" and rest.split(".")[0] not in step.needs:
-            raise ValueError(f"step {step.name} looks at the result of {rest.split('.')[0]}, so it must be in its `needs`")
+            raise ValueError(
+                f"step {step.name} looks at the result of {rest.split('.')[0]}, so it must be in its `needs`"
+            )
 
 
 def _check_acyclic(needs: dict[str, set[str]]) -> None:
@@ -166,8 +166,26 @@ def _check_acyclic(needs: dict[str, set[str]]) -> None:
 
 
 _KEYWORDS: Final = frozenset(
-    "type properties required items enum const minItems maxItems minLength maxLength minimum maximum "
-    "additionalProperties description title anyOf format pattern".split()
+    [
+        "type",
+        "properties",
+        "required",
+        "items",
+        "enum",
+        "const",
+        "minItems",
+        "maxItems",
+        "minLength",
+        "maxLength",
+        "minimum",
+        "maximum",
+        "additionalProperties",
+        "description",
+        "title",
+        "anyOf",
+        "format",
+        "pattern",
+    ]
 )
 
 

@@ -164,7 +164,11 @@ class Steps:
             after["status"] = status
             if status != "processing":
                 after["processed"] = clock.now()
-                record(db, entry(job.tenant, "quern", f"response.{status}", response["_id"], request_id=job.request_id), session)
+                record(
+                    db,
+                    entry(job.tenant, "quern", f"response.{status}", response["_id"], request_id=job.request_id),
+                    session,
+                )
         if after:
             db.responses.update_one({"_id": response["_id"]}, {"$set": after}, session=session)
         ids = {step.name: run.job_id(job.tenant, response["_id"], step.name) for step in workflow.steps}

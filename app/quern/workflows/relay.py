@@ -44,7 +44,10 @@ def drain(store: Store, versions: Versions, waker: Waker) -> int:
     turns.open_many(db, opened)
     # Last, and journaled: from here on the jobs stand by themselves.
     db.responses.bulk_write(
-        [UpdateOne({"_id": response["_id"], "outbox.at": response["outbox"]["at"]}, {"$unset": {"outbox": ""}}) for response in found],
+        [
+            UpdateOne({"_id": response["_id"], "outbox.at": response["outbox"]["at"]}, {"$unset": {"outbox": ""}})
+            for response in found
+        ],
         ordered=False,
     )
     metrics.FANNED_OUT.inc(len(found))

@@ -11,7 +11,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_OUTPUT: Final = 50_000
 
-_FILTERS: Final = frozenset("capitalize default e escape first float int join last length lower replace round title trim truncate upper".split())
+_FILTERS: Final = frozenset(
+    [
+        "capitalize",
+        "default",
+        "e",
+        "escape",
+        "first",
+        "float",
+        "int",
+        "join",
+        "last",
+        "length",
+        "lower",
+        "replace",
+        "round",
+        "title",
+        "trim",
+        "truncate",
+        "upper",
+    ]
+)
 _FORBIDDEN: Final = (
     nodes.For,
     nodes.Macro,
