@@ -68,6 +68,7 @@ class Answer:
     def next(self) -> Event | None:
         """The next event, or None at the orderly end of the stream. Notes comments and retry hints on the way."""
         fields: dict[str, str] = {}
+        limit = time.monotonic() + _PATIENCE_SECONDS
         while line := self._response.readline().decode():
             name, _, value = line.rstrip("\n").partition(": ")
             if not line.strip():
@@ -76,6 +77,7 @@ class Answer:
                 fields = {}
             elif name == "":
                 self.comments += 1
+                assert time.monotonic() < limit, "nothing but comments"
             elif name == "retry":
                 self.retry = int(value)
             else:
@@ -141,8 +143,8 @@ class EventsServer:
             "events", [sys.executable, serve, settings, self._keys], log=directory / "events.log", ready=self._is_ready
         )
 
-    def write_keys(self, keys: dict[str, Any]) -> None:
-        """Replace the keys that are good."""
+    def write_keys(self, keys: dict[str, Any] | None) -> None:
+        """Replace the keys that are good. None: nobody can tell which are."""
         fresh = self._keys.with_suffix(".new")
         fresh.write_text(json.dumps(keys))
         fresh.rename(self._keys)

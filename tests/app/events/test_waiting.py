@@ -78,6 +78,27 @@ def test_no_event_is_lost_or_repeated_while_mongod_is_killed(
         writer.join()
 
 
+def test_what_was_written_while_the_change_stream_was_broken_is_sent(
+    start: Start, mortal: Mongod, mongo_db: Database[dict[str, Any]], make_jobs: Callable[[Any], Jobs], until: Until
+) -> None:
+    server = start(mortal)
+    with MongoClient[dict[str, Any]](mortal.uri) as client:
+        jobs = make_jobs(client[mongo_db.name].jobs)
+        job = jobs.new()
+        stream = server.follow(job)
+        assert stream.next() is not None
+        mortal.kill()
+        until(lambda: server.metric("quern_event_hub_breaks_total") > 0)
+        process = psutil.Process(server.process.pid)
+        process.suspend()
+        try:
+            mortal.start()
+            jobs.append(job, 2, "done", state="done")
+        finally:
+            process.resume()
+        assert [event.id for event in stream.rest()] == [2]
+
+
 def test_without_mongod_new_clients_are_told_to_come_back_and_old_ones_stay(
     start: Start, mortal: Mongod, mongo_db: Database[dict[str, Any]], make_jobs: Callable[[Any], Jobs], until: Until
 ) -> None:
@@ -184,8 +205,8 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_no_other_up(start: Sta
         assert [reader.next().id for _ in range(80)] == list(range(1, 81))  # type: ignore[union-attr]
         until(lambda: server.metric("quern_event_streams_cut_total") == 1)
         until(lambda: server.metric("quern_event_streams") == 1)
-        # Its connection is gone as well, though the client still holds its own end. One is the reader's.
-        until(lambda: server.sockets() <= 2)
+        # Its connection is gone as well, though the client still holds its own end; what is left is the reader's.
+        until(lambda: server.sockets() == 1)
         jobs.append(job, 81, "done", state="done")
         assert [event.id for event in reader.rest()] == [81]
 
@@ -241,6 +262,20 @@ def test_a_client_that_does_not_read_cannot_keep_the_process_from_stopping(
         stuck.sendall(head.encode())
         until(lambda: server.metric("quern_event_streams") == 1)
         assert terminate(server).wait(60) == 0
+
+
+def test_a_stream_outlives_a_while_in_which_its_key_cannot_be_checked(start: Start, jobs: Jobs) -> None:
+    server, job = start(heartbeat=0.1, reauthenticate=0.1), jobs.new()
+    stream = server.follow(job)
+    assert stream.next() is not None
+    server.write_keys(None)
+    for _ in range(4):
+        stream.await_comment()
+    refused = server.follow(job)
+    assert refused.status == 503
+    assert int(refused.headers["Retry-After"]) > 0
+    jobs.append(job, 2, "done", state="done")
+    assert [event.id for event in stream.rest()] == [2]
 
 
 def test_a_revoked_key_loses_its_stream(start: Start, jobs: Jobs) -> None:
