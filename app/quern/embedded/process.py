@@ -136,10 +136,12 @@ class ChildProcess:
         setpriv = shutil.which("setpriv")
         if setpriv is None:
             raise ServiceError("setpriv: expected in PATH, not found; run: apt-get install util-linux")
+        # A parent that died before the death signal was set will never send it: the child then ends by itself.
+        unless_orphaned = ["sh", "-c", f'[ "$PPID" = {os.getpid()} ] && exec "$@"', "sh"]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [setpriv, "--pdeathsig", self._death_signal.name.removeprefix("SIG"), "--", *self._command],
+                [setpriv, "--pdeathsig", self._death_signal.name.removeprefix("SIG"), *unless_orphaned, *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
