@@ -162,7 +162,7 @@ def load() -> Settings:
         SettingsError: with one line a wrong setting; no value is ever shown.
     """
     try:
-        return Settings()  # type: ignore[call-arg]  # the sources fill in what is required
+        return Settings()
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(item) for item in error.errors(include_input=False))) from None
 

@@ -1,4 +1,4 @@
-"""`python -m quern.api`: Gunicorn in a process whose metrics are shared between its workers from the first import on."""
+"""`python -m quern.api`: Gunicorn in a process whose metrics are shared by its workers from the first import on."""
 
 from quern.api.server import serve
 from quern.config import load

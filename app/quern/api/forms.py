@@ -110,7 +110,8 @@ def _checked(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             if name not in kinds:
                 faults.append(Fault(pointer=f"{place}/fields", detail=f"the form has no field {name}"))
         if isinstance(step, EmailStep) and isinstance(step.to, FromField):
-            if not isinstance(kinds.get(step.to.field), EmailField):
+            known = isinstance(kinds.get(step.to.field), EmailField)
+            if not known:
                 faults.append(Fault(pointer=f"{place}/to/field", detail=f"the form has no email field {step.to.field}"))
         if isinstance(step, WebhookStep):
             try:
@@ -189,7 +190,10 @@ def put_form(call: Call, form: str) -> Reply:
     answers={200: Form},
 )
 def publish_form(call: Call, form: str) -> Reply:
-    """Opens the form, everywhere within a second. Responses to earlier versions are accepted as long as they name their version."""
+    """Opens the form, everywhere within a second.
+
+    Responses to earlier versions are accepted as long as they name their version.
+    """
     if call.session is None:
         raise RuntimeError("publishing runs in a transaction")
     try:

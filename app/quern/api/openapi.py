@@ -46,7 +46,7 @@ def describe(operations: Iterable[Operation], version: str) -> dict[str, Any]:
 
 def _operation(operation: Operation, references: dict[Any, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "operationId": f"{operation.method.lower()}{operation.path.replace('/', '_').replace('{', '').replace('}', '')}",
+        "operationId": operation.method.lower() + operation.path.translate({47: "_", 123: None, 125: None}),
         "summary": operation.summary,
         "description": f"{operation.description}\n\nScope: `{operation.scope}`.".strip(),
         "tags": [operation.tag],

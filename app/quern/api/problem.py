@@ -35,7 +35,7 @@ class ProblemDetails(BaseModel):
 
 
 class Problem(Exception):
-    """An answer that is an error. `detail` says what was expected, what was found and what to do; never an answer's text."""
+    """An answer that is an error. `detail` says what was expected and found and what to do; never an answer's text."""
 
     def __init__(
         self,

@@ -384,7 +384,7 @@ def get_response(call: Call, response: str) -> Reply:
     "DELETE", "/responses/{response}", scope="responses:erase", summary="Erase a response", answers={204: None}
 )
 def erase_response(call: Call, response: str) -> Reply:
-    """The answers and everything derived from them vanish; the audit log says that they did. Erasing again is no error."""
+    """The answers and everything derived from them vanish; the audit log says so. Erasing again is no error."""
     if call.session is None:
         raise RuntimeError("erasing runs in a transaction")
     erased = store.erase(call.db, call.tenant, response, call.principal.key, call.request_id, call.session)

@@ -222,7 +222,7 @@ def status(as_json: bool) -> None:
     runtime = open_runtime()
     db = runtime.store.db
     try:
-        engine = {name: value for name, value in runtime.engine.stats().values.items()}
+        engine: dict[str, Any] = dict(runtime.engine.stats())
     except EngineError as error:
         engine = {"away": str(error)}
     facts: dict[str, Any] = {

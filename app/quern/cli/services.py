@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -40,7 +41,7 @@ def api() -> None:
             old.unlink()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(settings.metrics_dir)
         # The library decides where values live when it is first imported, which was before.
-        os.execv(os.sys.executable, [os.sys.executable, "-m", "quern.api"])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-m", "quern.api"])  # noqa: S606
     from quern.api.server import serve
 
     serve(settings)

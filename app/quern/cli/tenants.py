@@ -36,9 +36,8 @@ def create_tenant(name: str, requests_per_minute: int | None, as_json: bool) -> 
     if as_json:
         emit_json({"id": made["_id"], "name": name, "key_id": key["_id"], "key": whole})
     else:
-        click.echo(
-            f"tenant {made['_id']}\nkey    {whole}\n\nThe key cannot be shown again. It has every scope; make narrower ones with `quern key create`."
-        )
+        click.echo(f"tenant {made['_id']}\nkey    {whole}\n")
+        click.echo("The key cannot be shown again. It has every scope; make narrower ones with `quern key create`.")
 
 
 @tenant.command("list")

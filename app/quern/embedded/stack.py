@@ -149,7 +149,7 @@ class Stack:
         before = dict(os.environ)
         os.environ.update(self.environment)
         try:
-            return Runtime(LiveSettings(Settings()))  # type: ignore[call-arg]  # the environment fills it in
+            return Runtime(LiveSettings(Settings()))
         finally:
             os.environ.clear()
             os.environ.update(before)

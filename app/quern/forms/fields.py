@@ -209,27 +209,25 @@ def _annotation(field: Any, name: str) -> Any:
         case ChoiceField():
             return Literal[tuple(option.value for option in field.options)]
         case MultipleChoiceField():
-            chosen = Literal[tuple(option.value for option in field.options)]
+            chosen: Any = Literal[tuple(option.value for option in field.options)]
             most = field.max_chosen or len(field.options)
             fewest = max(field.min_chosen, 1 if field.required else 0)
-            return Annotated[list[chosen], Field(min_length=fewest, max_length=most), AfterValidator(_each_once)]  # type: ignore[valid-type]
+            return Annotated[list[chosen], Field(min_length=fewest, max_length=most), AfterValidator(_each_once)]
         case EmailField():
             return Annotated[EmailStr, Field(max_length=254)]
         case DateField():
-            low, high = field.earliest or date(1, 1, 1), field.latest or date(9999, 12, 31)
-            return Annotated[date, Field(ge=low, le=high, strict=False), BeforeValidator(_iso_day)]
+            first, last = field.earliest or date(1, 1, 1), field.latest or date(9999, 12, 31)
+            return Annotated[date, Field(ge=first, le=last, strict=False), BeforeValidator(_iso_day)]
         case RatingField():
             return Annotated[int, Field(ge=1, le=field.scale)]
         case ConsentField():
             return Literal[True] if field.required else bool
         case GroupField():
-            group = answers_model(field.fields, name)
+            group: Any = answers_model(field.fields, name)
             fewest = 1 if field.required else 0
-            return (
-                Annotated[list[group], Field(min_length=fewest, max_length=field.max_items)]
-                if field.repeated
-                else group
-            )  # type: ignore[valid-type]
+            if not field.repeated:
+                return group
+            return Annotated[list[group], Field(min_length=fewest, max_length=field.max_items)]
     raise TypeError(f"no rule for {type(field).__name__}")
 
 

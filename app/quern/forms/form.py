@@ -182,7 +182,7 @@ class Standing:
 
 
 class OpenForms:
-    """Standings of forms, kept for TTL seconds: closing or publishing takes hold everywhere after that time at the latest."""
+    """Standings of forms, kept for TTL seconds: so long may closing or publishing take to hold everywhere."""
 
     TTL: Final = 1.0
     _MOST: Final = 10_000

@@ -94,7 +94,7 @@ def estimate(db: Db, job: Document, now: datetime) -> Estimate:
 
 
 def _by_kind(db: Db, query: Document, most: int) -> dict[str, int]:
-    pipeline = [
+    pipeline: list[Document] = [
         {"$match": query},
         {"$sort": {"due": 1, "_id": 1}},
         {"$limit": most},

@@ -167,7 +167,7 @@ def settle(
     if result is not None and (handler is None or handler.keeps_result):
         change["result"] = {"$literal": result}
     data = {"error": {"$literal": error}} if error else {}
-    update = [
+    update: list[Document] = [
         {"$set": {**change, "log": appended(state.value, now, data)}},
         {"$unset": ["lease_id", "lease_until", "wake", "cancel"]},
     ]

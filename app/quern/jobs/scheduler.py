@@ -1,4 +1,4 @@
-"""The scheduler process: reconciles, makes periodic jobs, and calls what else must be done now and then by one process."""
+"""The scheduler process: reconciles, makes periodic jobs, and does what one process must do now and then."""
 
 import logging
 import os

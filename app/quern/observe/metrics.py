@@ -58,13 +58,13 @@ class _UnixWsgiServer(WSGIServer):
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
 
-    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:  # type: ignore[override]
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
         request, _ = self.socket.accept()
         return request, ("local", 0)
 
 
 def serve(bind: str | None) -> None:
-    """Show this process's metrics over HTTP at `unix:/path` or `host:port`, in a daemon thread; `None` shows nothing."""
+    """Show this process's metrics over HTTP at `unix:/path` or `host:port`, in a daemon thread; None shows nothing."""
     if not bind:
         return
     if bind.startswith("unix:"):

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans: one trace from the request over its jobs to the delivery. Nothing is exported unless asked for."""
+"""OpenTelemetry spans: one trace from the request over its jobs to the delivery; exported only if asked for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -37,7 +37,7 @@ class Submission:
 
 
 def accept(db: Db, submission: Submission) -> tuple[Document, bool]:
-    """Keep a response; returns its document and whether it was new. When this returns, the response survives a power cut.
+    """Keep a response, so that it survives a power cut; returns its document and whether it was new.
 
     With an idempotency key the identifier is derived from tenant, form and key, so the insert itself is the check:
     the same key with the same answers gives the response made before.

@@ -6,7 +6,7 @@ from redis.retry import Retry
 
 
 def pool(url: str, timeout: float) -> ConnectionPool:
-    """Connections that fail after `timeout` seconds and are tried again once, which mends a restarted server's old ones."""
+    """Connections that fail after `timeout` seconds, with one more try, which mends those of a restarted server."""
     return ConnectionPool.from_url(
         url,
         socket_timeout=timeout,

@@ -1,4 +1,4 @@
-"""Secrets at rest: what the database may hold only encrypted (webhook secrets, stored answers to a repeated request)."""
+"""Secrets at rest: what the database may hold only encrypted (webhook secrets, answers kept for repetition)."""
 
 import base64
 

@@ -1,7 +1,7 @@
 """API keys: random, shown once, stored only as a hash, scoped, revocable.
 
-A key is `qrn_<kind>_<id>_<secret>`: the id finds the document, and 256 random bits make the secret, so a plain SHA-256 of
-it is enough (a slow hash guards guessable passwords; this cannot be guessed).
+A key is `qrn_<kind>_<id>_<secret>`: the id finds the document, and 256 random bits make the secret, so a plain SHA-256
+of it is enough (a slow hash guards guessable passwords; this cannot be guessed).
 """
 
 import hashlib

@@ -1,12 +1,20 @@
 """Conditions: when a step runs. A small language of data, not code, so nothing in it can be executed."""
 
-from typing import Annotated, Any, Final, Literal, Union
+import operator
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Path = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,5}$", max_length=200)]
 Value = str | float | bool | None
 MAX_DEPTH: Final = 5
+_COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    "lt": operator.lt,
+    "lte": operator.le,
+    "gt": operator.gt,
+    "gte": operator.ge,
+}
 
 
 class _Node(BaseModel):
@@ -25,7 +33,7 @@ class All(_Node):
     all: list["Condition"] = Field(max_length=20)
 
 
-class Any_(_Node):
+class AnyOf(_Node):
     any: list["Condition"] = Field(max_length=20)
 
 
@@ -33,15 +41,15 @@ class Not(_Node):
     not_: "Condition" = Field(alias="not")
 
 
-Condition = Union[Test, All, Any_, Not]
-for _model in (All, Any_, Not):
+Condition = Test | All | AnyOf | Not
+for _model in (All, AnyOf, Not):
     _model.model_rebuild()
 
 
 def depth(condition: Condition) -> int:
     """Levels of nesting; 1 for a single test."""
     match condition:
-        case All(all=parts) | Any_(any=parts):
+        case All(all=parts) | AnyOf(any=parts):
             return 1 + max((depth(part) for part in parts), default=0)
         case Not(not_=part):
             return 1 + depth(part)
@@ -51,7 +59,7 @@ def depth(condition: Condition) -> int:
 def paths(condition: Condition) -> set[str]:
     """Every path that the condition looks at."""
     match condition:
-        case All(all=parts) | Any_(any=parts):
+        case All(all=parts) | AnyOf(any=parts):
             return set().union(*(paths(part) for part in parts)) if parts else set()
         case Not(not_=part):
             return paths(part)
@@ -61,11 +69,11 @@ def paths(condition: Condition) -> set[str]:
 
 
 def holds(condition: Condition, facts: dict[str, Any]) -> bool:
-    """Whether the condition holds of `{"answers": …, "results": …}`. What is not there satisfies only `absent` and `ne`."""
+    """Whether the condition holds of `{"answers": …, "results": …}`. What is missing satisfies only `absent`, `ne`."""
     match condition:
         case All(all=parts):
             return all(holds(part, facts) for part in parts)
-        case Any_(any=parts):
+        case AnyOf(any=parts):
             return any(holds(part, facts) for part in parts)
         case Not(not_=part):
             return not holds(part, facts)
@@ -102,4 +110,4 @@ def _test(test: Test, found: Any) -> bool:
     numbers = isinstance(found, int | float) and isinstance(wanted, int | float)
     if not numbers and not (isinstance(found, str) and isinstance(wanted, str)):
         return False
-    return {"lt": found < wanted, "lte": found <= wanted, "gt": found > wanted, "gte": found >= wanted}[test.op]  # type: ignore[operator]
+    return _COMPARE[test.op](found, wanted)

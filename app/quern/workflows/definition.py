@@ -1,4 +1,4 @@
-"""What a workflow is: named steps with conditions and dependencies. Part of a form's version, so it never changes under a response."""
+"""What a workflow is: named steps with conditions and dependencies, as a form's version fixes them."""
 
 import re
 from functools import lru_cache

@@ -23,7 +23,7 @@ from quern.store.vault import Vault
 from quern.webhooks.handler import Message as WebhookMessage
 from quern.webhooks.handler import attempt
 from quern.webhooks.settings import WebhookSettings
-from quern.workflows import ai, run, template
+from quern.workflows import ai, prompt, run, template
 from quern.workflows.definition import EmailStep, FromField, Step, WebhookStep, Workflow, parsed
 
 AI_KINDS = ("summarize", "classify", "extract", "sentiment", "translate", "embed")
@@ -77,7 +77,7 @@ class Steps:
         with traces.span("step", step=job.kind):
             material = self._material(context.db, job)
             step: Any = material.step
-            text, cut = ai.prompt.text_of(
+            text, cut = prompt.text_of(
                 material.response["answers"], step.fields, ai.text_fields(material.version.definition)
             )
             reading = ai.Reading(text, cut, material.version.name, material.response["audit_key"].hex())

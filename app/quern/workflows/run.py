@@ -61,7 +61,7 @@ def begin(workflow: Workflow, answers: dict[str, Any]) -> Steps:
 
 
 def status(workflow: Workflow, steps: Steps) -> str:
-    """`processing` while a step may still run; then `processed`, or `incomplete` when a step failed or was cancelled."""
+    """`processing` while a step may still run; then `processed`, or `incomplete` if a step failed or was cancelled."""
     states = {State(steps[step.name]) for step in workflow.steps}
     if not states <= ENDED:
         return "processing"

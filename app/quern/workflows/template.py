@@ -1,7 +1,7 @@
-"""Templates of prompts and messages, rendered in Jinja's sandbox: no attribute that leads to Python, no loops without end.
+"""Templates of prompts and messages, rendered in Jinja's sandbox: no way to Python, no loop without end.
 
-A template is the tenant's own text; answers go in only as values, never as template source. The sandbox keeps one tenant's template from
-reaching the process; the bounds below keep it from using it up.
+A template is the tenant's own text; answers go in only as values, never as template source. The sandbox keeps one
+tenant's template from reaching the process; the bounds below keep it from using it up.
 """
 
 from typing import Any, Final
@@ -65,7 +65,7 @@ class RenderError(Exception):
 
 
 def check(source: str) -> str:
-    """The template itself when it is sound. Raises ValueError naming the first fault (loops, calls, macros … are not allowed)."""
+    """The template itself when it is sound. Raises ValueError naming the first fault (a loop, a call, a macro …)."""
     try:
         tree = _environment.parse(source)
     except TemplateError as error:
