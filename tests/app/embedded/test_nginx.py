@@ -30,7 +30,7 @@ class Upstream(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"data: first\n\n")
             self.wfile.flush()
-            self.release.wait(60)
+            self.release.wait(600)
             self.wfile.write(b"data: second\n\n")
             return
         said = json.dumps({"upstream": self.name, "path": self.path, "headers": dict(self.headers)}).encode()
