@@ -6,9 +6,10 @@
     Gunicorn's gthread workers serve normal requests; a Quart service of one process holds the streams on a UNIX
     socket of its own, under Hypercorn, Uvicorn or Gunicorn's own asgi worker.
 
-A normal request is one indexed read of MongoDB, answered as JSON. A stream sends what the job's log holds, then follows
-one change stream per process; silence is broken by a heartbeat comment every 15 s. A writer appends events to some jobs
-in the idle phases too, so that a phase with waiting clients differs from an idle one by the waiting alone.
+A normal request is one indexed read of MongoDB, answered as JSON, after ``--burn`` ms of computing (a validation, say).
+A stream sends what the job's log holds, then follows one change stream per process; silence is broken by a heartbeat
+comment every 15 s. A writer appends events to some jobs in the idle phases too, so that a phase with waiting clients
+differs from an idle one by the waiting alone.
 
 Nothing of this is imported by the service. gevent and uvicorn are not among its requirements: give the spike a virtual
 environment of its own, with them and with ``requirements.txt``, and run::
@@ -26,7 +27,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import resource
 import shutil
 import socket
@@ -69,9 +69,13 @@ def normal_app() -> Any:
 
     app = Flask(__name__)
     database: Any = MongoClient(os.environ["SPIKE_MONGO"])["spike"]
+    burn = float(os.environ["SPIKE_BURN"]) / 1000
 
     @app.get("/rows/<int:number>")
     def row(number: int) -> Any:
+        end = time.thread_time() + burn
+        while time.thread_time() < end:
+            pass
         return database.rows.find_one({"number": number}, {"_id": False})
 
     if os.environ.get("SPIKE_STREAMS"):
@@ -457,7 +461,11 @@ def release(process: subprocess.Popen[str]) -> Any:
 def measure(children: Children, design: str, number: int, directory: Path, args: argparse.Namespace) -> Phase:
     """One design, started for this alone: an idle phase, then one with the waiting clients."""
     directory.mkdir()
-    environment = {"SPIKE_MONGO": args.uri, "SPIKE_STREAMS": "1" if design == "gevent" else ""}
+    environment = {
+        "SPIKE_MONGO": args.uri,
+        "SPIKE_BURN": str(args.burn),
+        "SPIKE_STREAMS": "1" if design == "gevent" else "",
+    }
     parts = commands(design, directory, args.workers)
     services = [children.start(command, environment) for command in parts.values()]
     roots = [service.pid for service in services]
@@ -508,7 +516,7 @@ def measure(children: Children, design: str, number: int, directory: Path, args:
 
 def table(phases: list[Phase]) -> str:
     def middle(design: str, value: Any) -> float:
-        return statistics.median(value(phase) for phase in phases if phase.design == design)
+        return float(statistics.median(value(phase) for phase in phases if phase.design == design))
 
     columns: list[tuple[str, Any, str]] = [
         ("idle p50 ms", lambda p: p.idle_p50, ".2f"),
@@ -562,8 +570,9 @@ def run(args: argparse.Namespace) -> int:
         if phases:
             shutil.rmtree(directory)
 
-    print(f"{args.clients} clients, {args.rounds} rounds of {args.seconds:.0f} s, {args.rate:.0f} requests/s,", end=" ")
-    print(f"{args.events:.0f} events/s, {args.workers} API workers, {os.cpu_count()} cores, {platform.machine()}\n")
+    print(f"{args.clients} clients, {args.rounds} rounds of {args.seconds:.0f} s, {args.rate:.0f} requests/s", end=" ")
+    print(f"of {args.burn:.0f} ms of CPU and a read, {args.events:.0f} events/s, {args.workers} API workers,", end=" ")
+    print(f"{os.cpu_count()} cores\n")
     print(table(phases))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(phase) for phase in phases], indent=1))
@@ -580,6 +589,7 @@ def main() -> int:
     whole.add_argument("--seconds", type=float, default=18.0, help="length of a phase; over 15 to see heartbeats")
     whole.add_argument("--rate", type=float, default=100.0, help="normal requests a second")
     whole.add_argument("--events", type=float, default=20.0, help="job events a second, over a tenth of the jobs")
+    whole.add_argument("--burn", type=float, default=0.0, help="ms of CPU that a normal request costs on top")
     whole.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1) + 1)
     whole.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS))
     whole.add_argument("--json", help="write every phase's figures here")

@@ -93,8 +93,8 @@ class Answer:
 
     def await_comment(self) -> None:
         """Read until a comment came."""
-        while not self._response.readline().startswith(b":"):
-            pass
+        while not (line := self._response.readline()).startswith(b":"):
+            assert line, "the stream ended"
         self.comments += 1
 
     def problem(self) -> dict[str, Any]:
