@@ -36,7 +36,11 @@ number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]{1,16})? ([eE] [-+]? [0-
 space ::= | " " | "\n" [ \t]{0,20}
 """
 
-_Validator = extend(Draft202012Validator, {"pattern": lambda *_: None, "format": lambda *_: None})
+#: The binding ships without types.
+_CONVERTER: Any = SchemaConverter
+_Validator: Any = extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator, {"pattern": lambda *_: None, "format": lambda *_: None}
+)
 
 
 class SchemaRefusedError(Exception):
@@ -89,7 +93,7 @@ def grammar_for(schema: dict[str, Any]) -> str:
     """
     check_schema(schema)
     own = json.loads(json.dumps(schema))  # the converter writes into what it is given
-    converter = SchemaConverter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+    converter: Any = _CONVERTER(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
     try:
         converter.visit(converter.resolve_refs(own, ""), "")
         text = converter.format_grammar()

@@ -149,7 +149,7 @@ class Model:
             raise LlamaError(f"{path.name}: llama.cpp cannot load this file")
         self.handle = handle
         self.vocabulary = Vocabulary(api.llama_model_get_vocab(handle))
-        self.trained_context = int(api.llama_n_ctx_train(handle))
+        self.trained_context = int(api.llama_model_n_ctx_train(handle))
         self.bytes = int(api.llama_model_size(handle))
         template = api.llama_model_chat_template(handle, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
@@ -157,6 +157,15 @@ class Model:
     def close(self) -> None:
         """Give the memory back."""
         api.llama_model_free(self.handle)
+
+
+def _pointer_type(field: Any) -> Any:
+    return type(field)
+
+
+def _address(values: NDArray[Any], field: Any) -> Any:
+    """A pointer to numpy memory, of the type that a field of a structure has."""
+    return ctypes.cast(values.ctypes.data, _pointer_type(field))
 
 
 class Batch:
@@ -172,11 +181,11 @@ class Batch:
             *(ctypes.cast(base + 4 * i, _INT32_POINTER) for i in range(capacity))
         )
         self.raw = api.llama_batch()
-        self.raw.token = ctypes.cast(self._tokens.ctypes.data, type(self.raw.token))
-        self.raw.pos = ctypes.cast(self._positions.ctypes.data, type(self.raw.pos))
-        self.raw.n_seq_id = ctypes.cast(self._counts.ctypes.data, type(self.raw.n_seq_id))
-        self.raw.seq_id = ctypes.cast(self._pointers, type(self.raw.seq_id))
-        self.raw.logits = ctypes.cast(self._wanted.ctypes.data, type(self.raw.logits))
+        self.raw.token = _address(self._tokens, self.raw.token)
+        self.raw.pos = _address(self._positions, self.raw.pos)
+        self.raw.n_seq_id = _address(self._counts, self.raw.n_seq_id)
+        self.raw.seq_id = ctypes.cast(self._pointers, _pointer_type(self.raw.seq_id))
+        self.raw.logits = _address(self._wanted, self.raw.logits)
 
     @property
     def room(self) -> int:
@@ -187,7 +196,9 @@ class Batch:
         """Empty it."""
         self.size = 0
 
-    def add(self, tokens: Sequence[int], position: int, sequence: int, *, wants_logits: bool) -> int:
+    def add(
+        self, tokens: Sequence[int] | NDArray[np.int32], position: int, sequence: int, *, wants_logits: bool
+    ) -> int:
         """Append tokens of one sequence, the first at `position`; returns the row of the last one."""
         start, end = self.size, self.size + len(tokens)
         self._tokens[start:end] = tokens
@@ -217,7 +228,7 @@ class Context:
         self.handle = handle
         self.size = int(api.llama_n_ctx(handle))
         self._memory = api.llama_get_memory(handle)
-        self._row_type = ctypes.c_float * model.vocabulary.size
+        self._row_pointer = ctypes.POINTER(ctypes.c_float * model.vocabulary.size)
         self._pool = self._attach_threads(options)
 
     def _attach_threads(self, options: BackendOptions) -> Any:
@@ -258,8 +269,8 @@ class Context:
         pointer = api.llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise LlamaError(f"row {row} has no logits")
-        address = ctypes.cast(pointer, ctypes.c_void_p).value
-        return np.frombuffer(self._row_type.from_address(address), np.float32)
+        values: Floats = np.ctypeslib.as_array(ctypes.cast(pointer, self._row_pointer).contents)
+        return values
 
     def use_threads(self, threads: int) -> None:
         """Compute the next batches with this many threads."""

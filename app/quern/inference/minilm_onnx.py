@@ -79,7 +79,9 @@ class Graph:
 
 
 def build(weights: dict[str, np.ndarray[Any, Any]], integer: bool = True) -> onnx.ModelProto:
-    """The encoder: `input_ids`, `attention_mask` (int64, batch × tokens) to `embedding` (float32, batch × hidden, length 1).
+    """The encoder: `input_ids` and `attention_mask` to `embedding`.
+
+    Both inputs are int64, batch × tokens; the output is float32, batch × hidden size, each row of length 1.
 
     Args:
         weights: BERT's tensors by their usual names, without a prefix.

@@ -180,12 +180,12 @@ class ModelProcess:
         self._entries = entries
         self._loop: StepLoop | None = None
         self._embedder: Embedder | None = None
-        if entry := entries.get("chat"):
-            self._load_chat(entry, paths["chat"][".gguf"])
-        if entry := entries.get("embedding"):
-            files = paths["embedding"]
-            self._embedder = Embedder(files[".onnx"], files[".json"], entry.context, self._options.threads)
-            _start_thread("embed", self._embed_forever)
+        if "chat" in entries:
+            self._load_chat(entries["chat"], paths["chat"][".gguf"])
+        if "embedding" in entries:
+            files, context = paths["embedding"], entries["embedding"].context
+            embedder = self._embedder = Embedder(files[".onnx"], files[".json"], context, self._options.threads)
+            _start_thread("embed", lambda: self._embed_forever(embedder))
         _start_thread("prepare", self._prepare_forever)
 
     def _load_chat(self, entry: ModelEntry, path: Path) -> None:
@@ -335,8 +335,7 @@ class ModelProcess:
 
     # ---- the thread that embeds
 
-    def _embed_forever(self) -> None:
-        assert self._embedder is not None
+    def _embed_forever(self, embedder: Embedder) -> None:
         while True:
             work = [self._to_embed.get()]
             while len(work) < EMBED_TOGETHER and not self._to_embed.empty():
@@ -346,14 +345,13 @@ class ModelProcess:
             items = [(number, body) for number, body in items if number not in self._cancelled]
             if items:
                 self._record.begin(Lane.EMBED, [number for number, _ in items])
-                self._embed(items)
+                self._embed(embedder, items)
                 self._record.end(Lane.EMBED)
             for tenant in purges:
-                self._embedder.purge(tenant)
+                embedder.purge(tenant)
 
-    def _embed(self, items: list[tuple[int, EmbedRequest | ClassifyRequest]]) -> None:
+    def _embed(self, embedder: Embedder, items: list[tuple[int, EmbedRequest | ClassifyRequest]]) -> None:
         """Embed the texts of all these requests together, and answer each."""
-        assert self._embedder is not None
         texts: list[tuple[str, str]] = []
         places: list[range] = []
         for _, body in items:
@@ -362,7 +360,7 @@ class ModelProcess:
                 wanted = wanted + [text for label in body.labels for text in label_texts(label)]
             places.append(range(len(texts), len(texts) + len(wanted)))
             texts += [(body.tenant, text) for text in wanted]
-        embedded = self._embedder.embed(texts)
+        embedded = embedder.embed(texts)
         model = self._entries["embedding"].name
         for (number, body), place in zip(items, places, strict=True):
             vectors = [embedded.vectors[index] for index in place]
@@ -432,7 +430,8 @@ def _die_of(thread: str, error: BaseException) -> NoReturn:
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     # Not the error's own text: it may quote what a person wrote.
-    print(f"the model process's {thread} thread failed: {type(error).__name__} at {where}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"the model process's {thread} thread failed: {type(error).__name__} at {where}\n")
+    sys.stderr.flush()
     os._exit(70)
 
 

@@ -66,7 +66,9 @@ class ThreadPace:
         size = self._sizes.setdefault(tokens.bit_length(), _Size())
         known = size.seconds.get(threads)
         surprising = known is not None and seconds > SURPRISE * known
-        size.seconds[threads] = seconds if known is None else known + WEIGHT * (seconds - known)
+        # Chance makes a step slow, never fast: a quick one is believed at once.
+        slow = known is not None and seconds > known
+        size.seconds[threads] = known + WEIGHT * (seconds - known) if known is not None and slow else seconds
         before = size.best
         size.best = min(size.seconds, key=lambda choice: size.seconds[choice])
         was_try = before is not None and threads != before

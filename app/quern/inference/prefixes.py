@@ -32,8 +32,8 @@ def common_length(one: Tokens, other: Tokens) -> int:
 class Prefix:
     """A beginning that `sequence` holds in context memory.
 
-    `users` counts the running sequences that borrowed from it; `hits` how often anyone did; `doomed` ones go when the last
-    user is done.
+    `users` counts the running sequences that borrowed from it; `hits` how often anyone did; `doomed` ones go
+    when the last user is done.
     """
 
     tenant: str
@@ -62,7 +62,7 @@ class PrefixCache:
         return sum(len(prefix.tokens) for prefix in self._kept)
 
     def best(self, tenant: str, prompt: Tokens) -> tuple[Prefix | None, int]:
-        """The kept beginning that saves the most of a prompt, and how much. At least one token is always left to compute."""
+        """The kept beginning that saves the most of a prompt, and how much; one token is always left to compute."""
         found, longest = None, SHORTEST - 1
         for prefix in self._kept:
             if prefix.tenant == tenant and not prefix.doomed:

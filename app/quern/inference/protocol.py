@@ -283,7 +283,8 @@ ErrorKind = Literal["refused", "busy", "deadline", "crashed", "unavailable", "in
 class ErrorEvent(Frame):
     """The end of a request that did not go well.
 
-    `refused`: wrong in itself, the same again fails again. `busy`, `unavailable`: come again after `retry_after` seconds.
+    `refused`: wrong in itself, the same again fails again. `busy`, `unavailable`: come again after `retry_after`
+    seconds.
     `deadline`: too late. `crashed`: the model's process died under it; `suspect` when it died twice with this request.
     `invalid_output`: the model's answer was not what the schema asks for.
     """

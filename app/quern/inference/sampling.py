@@ -76,8 +76,8 @@ def adjust(logits: Floats, parameters: SamplingParameters, earlier: list[int]) -
 class FirstBytes:
     """The vocabulary by the first byte of each token's text.
 
-    A grammar that allows a token allows every beginning of its text, so the tokens of one byte tell which others need to be
-    asked about: where only a quotation mark may come, that is some hundreds instead of the whole vocabulary.
+    A grammar that allows a token allows every beginning of its text, so the tokens of one byte tell which others need
+    to be asked about: where only a quotation mark may come, that is some hundreds instead of the whole vocabulary.
     """
 
     def __init__(self, pieces: Sequence[bytes], ends: Iterable[int]) -> None:
@@ -109,8 +109,8 @@ def choose(
 ) -> int:
     """The next token, allowed by the rules. The rules are not moved on.
 
-    With rules the first choice is made without them and kept if they allow it: most often they do, and asking them about one
-    token is cheap. Else the short list is asked, then the vocabulary.
+    With rules the first choice is made without them and kept if they allow it: most often they do, and asking them
+    about one token is cheap. Else the short list is asked, then the vocabulary.
 
     Raises:
         NothingAllowedError: the rules allow nothing.

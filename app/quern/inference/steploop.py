@@ -50,7 +50,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may go on at once. Sizes in tokens; `threads` at most, fewer while the machine is busy with other work."""
+    """How much may go on at once. Sizes in tokens; `threads` at most, fewer while others want the cores."""
 
     batch: int
     sequences: int
@@ -64,7 +64,7 @@ class Limits:
 class Sequence:
     """A request on its way. Times are `time.monotonic()` seconds.
 
-    `resumed`: tokens of the answer that were sent before the model's process died; they are computed again, not chosen again.
+    `resumed`: tokens of the answer that were sent before the model's process died; they are computed again, not chosen.
     """
 
     request: int
@@ -264,7 +264,7 @@ class StepLoop:
             live_batch += 1
 
     def _take(self, queue: deque[Sequence], spare: int) -> bool:
-        """Admit the first of a queue that need not wait for a neighbour's prompt; False when there is none or no room."""
+        """Admit the first that need not wait for a neighbour's prompt; False when there is none or no room."""
         for index, sequence in enumerate(itertools.islice(queue, LOOK_AHEAD)):
             prefix, length, soon = self._source(sequence)
             if soon > length:

@@ -177,10 +177,9 @@ class Supervisor:
         return None
 
     def _ahead_of(self, pending: Pending) -> int:
-        assert isinstance(pending.body, GenerateRequest)
         others = [other.body for other in self._pending.values() if other is not pending]
         generating = [body for body in others if isinstance(body, GenerateRequest)]
-        if pending.body.priority == "interactive":
+        if isinstance(pending.body, GenerateRequest) and pending.body.priority == "interactive":
             generating = [body for body in generating if body.priority == "interactive"]
         return max(0, len(generating) - self._settings.max_sequences)
 
@@ -362,7 +361,8 @@ class Supervisor:
             pending.killed += not of_itself
             if pending.died_of_itself >= STRIKES_OF_ITSELF or pending.killed >= STRIKES_FROM_OUTSIDE:
                 self.counters["given_up_total"] += 1
-                message = f"the model process died {pending.died_of_itself + pending.killed} times while it worked on this request"
+                deaths = pending.died_of_itself + pending.killed
+                message = f"the model process died {deaths} times while it worked on this request"
                 self._suspects = deque(other for other in self._suspects if other is not pending)
                 self._end(pending, self._error("crashed", message, suspect=True))
             elif pending not in self._suspects:
