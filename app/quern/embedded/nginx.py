@@ -3,46 +3,18 @@
 import getpass
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quern.embedded.cache import cached
 from quern.embedded.ports import free_port
 from quern.embedded.process import ChildProcess
+from quern.embedded.provision import nginx_binary
 
 EVENT_STREAMS = (r"^/api/v1/jobs/[^/]+/events$",)
-
-
-def nginx_binary() -> Path:
-    """The host's nginx, or Debian's, unpacked into the cache so that nothing is installed or started on the host.
-
-    apt checks the package against its signed index. Raises RuntimeError, with apt's own words, when it cannot be had.
-    """
-    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-    if installed is not None:
-        return Path(installed)
-    release = Path("/etc/os-release").read_text()
-    return cached("nginx", ["dpkg -x", release, os.uname().machine], _fetch) / "usr" / "sbin" / "nginx"
-
-
-def _fetch(folder: Path) -> None:
-    # As root, apt would drop to a user who cannot write here, and warn about it.
-    _run(["apt-get", "-o", "APT::Sandbox::User=root", "download", "nginx"], folder)
-    (package,) = folder.glob("nginx_*.deb")
-    _run(["dpkg", "-x", package.name, "."], folder)
-    package.unlink()
-
-
-def _run(command: list[str], folder: Path) -> None:
-    answer = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if answer.returncode != 0:
-        raise RuntimeError(f"nginx: {command[0]} failed; run: apt-get update, then try again.\n{answer.stderr.strip()}")
 
 
 class Nginx(ChildProcess):

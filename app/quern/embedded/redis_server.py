@@ -1,7 +1,6 @@
 """redis-server on a UNIX socket, in Quern's two roles: `queue` (durable, never evicts) and `cache` (may forget)."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -10,26 +9,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from quern.embedded.process import ChildProcess
+from quern.embedded.provision import redis_server_binary
 
 Role = Literal["queue", "cache"]
 Fsync = Literal["always", "everysec"]
-
-# Debian's redis-tools ships redis-server's very binary under this name; unlike the redis-server package,
-# it brings no system service that would start on the host.
-_MULTI_CALL_BINARY = Path("/usr/bin/redis-check-rdb")
-
-
-def redis_server_binary() -> Path:
-    """An executable that is redis-server when called by that name. Raises RuntimeError when the host has none."""
-    installed = shutil.which("redis-server")
-    if installed is not None:
-        return Path(installed)
-    if not _MULTI_CALL_BINARY.exists():
-        raise RuntimeError(
-            f"redis-server: expected it in PATH or as {_MULTI_CALL_BINARY}, found neither; "
-            "run: apt-get install redis-tools"
-        )
-    return _MULTI_CALL_BINARY
 
 
 class RedisServer(ChildProcess):

@@ -85,11 +85,10 @@ def test_a_client_from_before_a_kill_goes_on_with_transactions_after_it(own_mong
     with MongoClient[Document](own_mongod.uri) as client:
         client.shop.things.insert_one({"_id": 1})
         own_mongod.kill()
-        own_mongod.start(wait=False)
+        own_mongod.start()
         with client.start_session() as session:
             session.with_transaction(lambda s: client.shop.things.insert_one({"_id": 2}, session=s))
         assert client.shop.things.count_documents({}) == 2
-    own_mongod.wait_ready()
 
 
 def test_data_can_be_served_under_another_socket_path(run_directory: Path) -> None:
