@@ -23,6 +23,7 @@ from quern.store.vault import Vault
 from quern.tenants.keys import Authenticator
 from quern.tenants.limit import Limiter
 from quern.webhooks.deliver import client_tls
+from quern.webhooks.handler import handler_of_test_events
 from quern.workflows.handlers import Steps
 
 _log = logging.getLogger(__name__)
@@ -68,8 +69,9 @@ class Runtime:
 
     @cached_property
     def registry(self) -> Registry:
-        steps = Steps(self.engine, self.versions, client_tls(self.settings.webhook))
-        return Registry([*steps.handlers(self.settings.webhook)])
+        tls = client_tls(self.settings.webhook)
+        steps = Steps(self.engine, self.versions, tls)
+        return Registry([*steps.handlers(self.settings.webhook), handler_of_test_events(tls)])
 
     @cached_property
     def open_forms(self) -> OpenForms:

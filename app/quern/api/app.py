@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from quern import __version__
-from quern.api import audit, forms, jobs, keys, responses
+from quern.api import audit, forms, jobs, keys, responses, webhooks
 from quern.api.openapi import describe
 from quern.api.operation import Edge, Operation, observe
 from quern.api.problem import Problem, away, render
@@ -28,7 +28,7 @@ from quern.store.connection import is_away
 _log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 
-EDGES: list[Edge] = [forms.edge, responses.edge, jobs.edge, keys.edge, audit.edge]
+EDGES: list[Edge] = [forms.edge, responses.edge, jobs.edge, webhooks.edge, keys.edge, audit.edge]
 
 
 def operations() -> list[Operation]:

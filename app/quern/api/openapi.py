@@ -11,7 +11,7 @@ from quern.api.operation import Operation
 from quern.api.problem import ProblemDetails
 from quern.store import identifier
 
-_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe"}
+_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe", "delivery": "whd"}
 
 
 def describe(operations: Iterable[Operation], version: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from quern.tenants.limit import LimiterAwayError
 #: Seconds that a request may spend on the database before it answers 503.
 DATABASE_SECONDS: Final = 5.0
 
-_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe"}
+_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe", "delivery": "whd"}
 
 
 @dataclass

@@ -1,12 +1,11 @@
 """The delivery log: one entry per attempt, for the owner of the endpoint to see what happened.
 
-The payload is not in it, and of the answer only the start of a refusal's body: whoever erases a response calls
-`erase_excerpts`, for a receiver may quote in its refusal what it was sent. Entries end by themselves (TTL).
+The payload is not in it, and of the answer only the start of a refusal's body. A receiver may quote in that what it
+was sent, so erasing a response blanks it too (`quern.responses`). Entries end by themselves (TTL).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -115,11 +114,9 @@ def page(
     selector: dict[str, Any] = {"tenant": tenant}
     filters = {"endpoint": endpoint, "job": job, "response": response, "delivered": delivered}
     selector |= {name: value for name, value in filters.items() if value is not None}
-    span = {"$gte": since, "$lt": until}
-    if since is not None or until is not None:
-        selector["at"] = {operator: value for operator, value in span.items() if value is not None}
+    selector |= _span(since, until)
     if after is not None:
-        selector["_id"] = {"$lt": after}
+        selector["_id"] = selector.get("_id", {}) | {"$lt": min(after, selector.get("_id", {}).get("$lt", after))}
     documents = list(collection(db).find(selector, session=session).sort("_id", -1).limit(limit + 1))
     found = tuple(_record(document) for document in documents[:limit])
     return Page(found, found[-1].id if len(documents) > limit else None)
@@ -135,12 +132,45 @@ def get(
     return _record(document)
 
 
-def erase_excerpts(
-    db: Database[dict[str, Any]], tenant: str, responses: Iterable[str], *, session: ClientSession | None = None
-) -> int:
-    """Remove what receivers said about these responses; returns how many entries were changed."""
-    selector = {"tenant": tenant, "response": {"$in": list(responses)}, "excerpt": {"$ne": ""}}
-    return collection(db).update_many(selector, {"$set": {"excerpt": ""}}, session=session).modified_count
+def failed_jobs(
+    db: Database[dict[str, Any]],
+    tenant: str,
+    endpoint: str,
+    *,
+    since: datetime,
+    until: datetime | None,
+    limit: int,
+) -> list[str]:
+    """Dead jobs of responses that failed at this endpoint in a span of time, from the oldest, at most `limit`."""
+    failed = {"tenant": tenant, "endpoint": endpoint, "delivered": False, "response": {"$ne": None}}
+    pipeline: list[dict[str, Any]] = [
+        {"$match": failed | _span(since, until)},
+        {"$sort": {"_id": 1}},
+        {"$group": {"_id": "$job", "first": {"$first": "$_id"}}},
+        {"$lookup": {"from": "jobs", "localField": "_id", "foreignField": "_id", "as": "job"}},
+        {"$match": {"job.state": "dead", "job.tenant": tenant}},
+        {"$sort": {"first": 1}},
+        {"$limit": limit},
+        {"$project": {"_id": 1}},
+    ]
+    return [row["_id"] for row in collection(db).aggregate(pipeline)]
+
+
+def blank_excerpt(db: Database[dict[str, Any]], delivery: DeliveryRecord) -> None:
+    """Remove what the receiver said in one attempt."""
+    collection(db).update_one({"_id": delivery.id, "tenant": delivery.tenant}, {"$set": {"excerpt": ""}})
+
+
+def _span(since: datetime | None, until: datetime | None) -> dict[str, Any]:
+    """A span of time as bounds of the identifiers, which begin with the time: so the list's own index serves it."""
+    bounds = {"$gte": since, "$lt": until}
+    found = {operator: _first_id(at) for operator, at in bounds.items() if at is not None}
+    return {"_id": found} if found else {}
+
+
+def _first_id(at: datetime) -> str:
+    milliseconds = max(0, -(-int(at.timestamp() * 1_000_000) // 1_000))
+    return f"whd_{str(ULID.from_bytes(milliseconds.to_bytes(6, 'big') + bytes(10))).lower()}"
 
 
 def _record(document: dict[str, Any]) -> DeliveryRecord:

@@ -6,13 +6,12 @@ them, and leave by `create` and `rotate_secret` (once, for their owner) and `loa
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple, Protocol
 
 from bson.codec_options import CodecOptions
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pymongo import ReturnDocument
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
@@ -27,8 +26,6 @@ from quern.webhooks.sign import new_secret
 COLLECTION = "webhook_endpoints"
 MAX_ACTIVE_SECRETS = 4
 MAX_CONFLICTS = 10
-
-_EVENT_TYPE = re.compile(r"[a-z0-9_]{1,64}(\.[a-z0-9_]{1,64}){0,4}")
 
 
 class Cipher(Protocol):
@@ -51,13 +48,10 @@ class DisabledReason(StrEnum):
     FAILING = "failing"
 
 
-def _event_type(name: str) -> str:
-    if not _EVENT_TYPE.fullmatch(name):
-        raise ValueError("expected an event type such as response.completed: lower case, parts joined by full stops")
-    return name
+EventType = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}(\.[a-z0-9_]{1,64}){0,4}$")]
+"""Such as response.processed: lower case, parts joined by full stops."""
 
-
-EventType = Annotated[str, AfterValidator(_event_type)]
+Description = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00-\x1f]*$")]
 
 
 class EndpointDraft(BaseModel):
@@ -66,7 +60,7 @@ class EndpointDraft(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str = Field(max_length=2_048)
-    description: str = Field("", max_length=500)
+    description: Description = ""
     event_types: tuple[EventType, ...] = Field((), max_length=50)
 
 
@@ -76,7 +70,7 @@ class EndpointChange(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str | None = Field(None, max_length=2_048)
-    description: str | None = Field(None, max_length=500)
+    description: Description | None = None
     event_types: tuple[EventType, ...] | None = Field(None, max_length=50)
 
 

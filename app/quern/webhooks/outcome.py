@@ -10,6 +10,7 @@ from enum import StrEnum
 class Failure(StrEnum):
     """Why there is no answer with a status. The values are stored and shown: never rename one."""
 
+    DISABLED = "endpoint_disabled"
     FORBIDDEN_URL = "forbidden_url"
     FORBIDDEN_ADDRESS = "forbidden_address"
     DNS = "dns"

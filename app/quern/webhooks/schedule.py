@@ -45,14 +45,14 @@ def decide(
     """What follows from the outcome of attempt number `attempt` (from 1).
 
     Every answer but 2xx is a failure and is retried on the schedule, for a receiver that answers 404 or 301 while it is
-    being deployed is common; 410 ends it and disables the endpoint. A URL that the policy refuses cannot get
-    better by itself. `Retry-After` can only lengthen a delay, up to the cap.
+    being deployed is common; 410 ends it and disables the endpoint. An endpoint that is disabled, or whose URL the
+    policy refuses, cannot get better by itself. `Retry-After` can only lengthen a delay, up to the cap.
     """
     if outcome.delivered:
         return Delivered()
     if outcome.status == GONE:
         return GiveUp("the receiver answered 410 Gone", disable_endpoint=True)
-    if outcome.failure is Failure.FORBIDDEN_URL:
+    if outcome.failure in (Failure.DISABLED, Failure.FORBIDDEN_URL):
         return GiveUp(outcome.detail)
     if attempt >= settings.max_attempts:
         return GiveUp(f"all {settings.max_attempts} attempts failed; the last one: {outcome.detail}")

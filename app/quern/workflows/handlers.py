@@ -12,7 +12,7 @@ from pymongo.client_session import ClientSession
 from quern.audit.entry import entry, record
 from quern.forms.form import Version, Versions
 from quern.inference.client import EngineClient
-from quern.jobs.handler import Context, Followup, Handler, Refused, RetryLater
+from quern.jobs.handler import Context, Followup, Handler, Obsolete, Refused, RetryLater
 from quern.jobs.model import Job, State
 from quern.mail.compose import MessageDraft, MessageRefusedError, compose
 from quern.mail.send import PermanentMailError, TransientMailError, send
@@ -20,8 +20,8 @@ from quern.observe import traces
 from quern.store import clock
 from quern.store.connection import Db, Document
 from quern.store.vault import Vault
+from quern.webhooks.handler import RESEND_KIND, attempt
 from quern.webhooks.handler import Message as WebhookMessage
-from quern.webhooks.handler import attempt
 from quern.webhooks.settings import WebhookSettings
 from quern.workflows import ai, prompt, run, template
 from quern.workflows.definition import EmailStep, FromField, Step, WebhookStep, Workflow, parsed
@@ -29,7 +29,7 @@ from quern.workflows.definition import EmailStep, FromField, Step, WebhookStep, 
 AI_KINDS = ("summarize", "classify", "extract", "sentiment", "translate", "embed")
 
 
-class Gone(Refused):
+class Gone(Obsolete):
     """The response was erased while its job waited."""
 
     def __init__(self) -> None:
@@ -58,6 +58,7 @@ class Steps:
             *ai_steps,
             Handler("email", self._email, self._on_end, keeps_result=False),
             Handler("webhook", self._webhook, self._on_end, webhook.max_attempts, keeps_result=False),
+            Handler(RESEND_KIND, self._webhook, None, webhook.max_attempts),
         ]
 
     def _material(self, db: Db, job: Job) -> Material:
@@ -128,11 +129,12 @@ class Steps:
             raise Refused("not a webhook step")
         body = {
             "type": step.event,
-            "timestamp": clock.rfc3339(job.created),
+            "timestamp": clock.rfc3339(job.payload.get("occurred", job.created)),
             "data": public(material.response, include_answers=step.include_answers, itself=step.name),
         }
         settings = context.store.settings
-        message = WebhookMessage(step.endpoint, step.event, orjson.dumps(body), job.subject)
+        original = job.payload.get("original")
+        message = WebhookMessage(step.endpoint, step.event, orjson.dumps(body), job.subject, original)
         vault = Vault(settings.secret_keys.get_secret_value())
         with traces.span("deliver webhook", parent=context.traceparent) as traceparent:
             return attempt(job, context.db, message, settings.webhook, vault, self._tls, traceparent)
@@ -187,10 +189,11 @@ def template_values(material: Material) -> dict[str, Any]:
 
 
 def public(response: Document, *, include_answers: bool, itself: str) -> dict[str, Any]:
-    """A response as a webhook shows it: without vectors, and without the delivering step's own state."""
+    """A response as a webhook shows it: without vectors, and without the delivering step's own state and result."""
     results = {
         name: {key: value for key, value in result.items() if key != "vector"} | _dimensions(result)
         for name, result in response["results"].items()
+        if name != itself
     }
     data = {
         "id": response["_id"],

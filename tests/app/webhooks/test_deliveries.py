@@ -56,8 +56,6 @@ def test_another_tenant_finds_nothing(mongo_db: Db) -> None:
     with pytest.raises(LookupError):
         deliveries.get(mongo_db, "ten_b", entry.id)
     assert deliveries.page(mongo_db, "ten_b").deliveries == ()
-    assert deliveries.erase_excerpts(mongo_db, "ten_b", ["rsp_1"]) == 0
-    assert deliveries.get(mongo_db, "ten_a", entry.id).excerpt
 
 
 def test_pages_run_from_the_newest_without_gap_or_repetition(mongo_db: Db) -> None:
@@ -97,11 +95,28 @@ def test_every_filter_narrows_the_list(mongo_db: Db) -> None:
     assert found(since=NOW + timedelta(hours=2)) == set()
 
 
-def test_erasing_a_response_erases_what_receivers_quoted_of_it(mongo_db: Db) -> None:
-    erased, other = record(mongo_db), record(mongo_db, response="rsp_2")
-    assert deliveries.erase_excerpts(mongo_db, "ten_a", ["rsp_1"]) == 1
-    assert "Whiskers" not in repr(mongo_db[deliveries.COLLECTION].find_one({"_id": erased.id}))
-    assert deliveries.get(mongo_db, "ten_a", other.id).excerpt == other.excerpt
+def test_an_excerpt_can_be_blanked(mongo_db: Db) -> None:
+    blanked, other = record(mongo_db), record(mongo_db)
+    deliveries.blank_excerpt(mongo_db, blanked)
+    assert deliveries.get(mongo_db, "ten_a", blanked.id) == blanked.model_copy(update={"excerpt": ""})
+    assert deliveries.get(mongo_db, "ten_a", other.id) == other
+
+
+@pytest.mark.parametrize("shift", [timedelta(0), timedelta(microseconds=1), timedelta(milliseconds=-1)])
+def test_a_span_begins_with_its_start_and_ends_before_its_end(mongo_db: Db, shift: timedelta) -> None:
+    entry = record(mongo_db)
+    bound = entry.at + shift
+    since = deliveries.page(mongo_db, "ten_a", since=bound).deliveries
+    until = deliveries.page(mongo_db, "ten_a", until=bound).deliveries
+    assert bool(since) == (entry.at >= bound)
+    assert bool(until) == (entry.at < bound)
+
+
+@pytest.mark.parametrize("year", [1, 1969, 9999])
+def test_any_time_is_a_bound(mongo_db: Db, year: int) -> None:
+    entry = record(mongo_db)
+    found = deliveries.page(mongo_db, "ten_a", since=datetime(year, 12, 31, tzinfo=UTC)).deliveries
+    assert found == ((entry,) if year < 2000 else ())
 
 
 def test_entries_end_after_the_days_that_the_operator_set(mongo_db: Db) -> None:

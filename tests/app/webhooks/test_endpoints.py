@@ -81,7 +81,7 @@ def test_a_url_against_the_policy_is_refused_at_creation_and_at_change(mongo_db:
 
 @pytest.mark.parametrize("name", ["", "A.b", "a..b", ".a", "a b", "a.*", "$where", "a" * 65, "a\n"])
 def test_a_wrong_event_type_is_refused(name: str) -> None:
-    with pytest.raises(ValidationError, match="event type"):
+    with pytest.raises(ValidationError, match="pattern"):
         EndpointDraft(url=URL, event_types=(name,))
 
 

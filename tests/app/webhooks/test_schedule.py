@@ -14,6 +14,7 @@ from quern.webhooks.settings import STANDARD_SCHEDULE_SECONDS, WebhookSettings
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 EVEN = WebhookSettings(jitter=0)
+FINAL = {Failure.DISABLED, Failure.FORBIDDEN_URL}
 
 
 def answered(status: int, retry_after: str | None = None) -> DeliveryOutcome:
@@ -40,7 +41,7 @@ def test_every_other_status_is_retried(status: int) -> None:
     assert decision(answered(status)) == Retry(timedelta(seconds=5))
 
 
-@pytest.mark.parametrize("failure", [failure for failure in Failure if failure is not Failure.FORBIDDEN_URL])
+@pytest.mark.parametrize("failure", sorted(set(Failure) - FINAL))
 def test_no_answer_is_retried(failure: Failure) -> None:
     assert decision(failed(failure)) == Retry(timedelta(seconds=5))
 
@@ -51,8 +52,9 @@ def test_410_ends_the_message_and_disables_the_endpoint() -> None:
     assert outcome.disable_endpoint
 
 
-def test_a_url_that_the_policy_refuses_is_not_tried_again_but_stays_enabled() -> None:
-    outcome = decision(failed(Failure.FORBIDDEN_URL))
+@pytest.mark.parametrize("failure", sorted(FINAL))
+def test_what_only_a_person_can_mend_is_not_tried_again_and_disables_nothing(failure: Failure) -> None:
+    outcome = decision(failed(failure))
     assert isinstance(outcome, GiveUp)
     assert not outcome.disable_endpoint
 
