@@ -34,6 +34,14 @@ class Refused(Exception):
         self.reason = reason
 
 
+class Obsolete(Exception):
+    """There is nothing left to do: what the job works on is gone. It is cancelled, which alarms nobody."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Followup:
     """What the end of a job sets off, written in the same transaction."""

@@ -63,9 +63,15 @@ INDEXES = {
             [("state", ASCENDING), ("ended", DESCENDING)], partialFilterExpression=_STATE[State.DEAD], name="dead"
         ),
         IndexModel([("subject", ASCENDING)], sparse=True, name="by_subject"),
-        IndexModel([("deadline", ASCENDING)], sparse=True, name="deadline"),
+        # An ended job keeps its deadline to be looked at; what is overdue is found among those that wait.
+        IndexModel(
+            [("state", ASCENDING), ("deadline", ASCENDING)],
+            partialFilterExpression={"deadline": {"$exists": True}},
+            name="overdue",
+        ),
         IndexModel([("forget", ASCENDING)], sparse=True, expireAfterSeconds=0, name="forget"),
     ],
+    "workers": [IndexModel([("until", ASCENDING)], expireAfterSeconds=3600, name="gone")],
     "turns": [IndexModel([("queue", ASCENDING), ("priority", ASCENDING), ("turn", ASCENDING)], name="next")],
 }
 
@@ -143,8 +149,6 @@ class Job:
     lease_id: str
     request_id: str | None
     traceparent: str | None
-    seq: int
-    """Entries in its log so far."""
 
     @classmethod
     def from_document(cls, document: Document) -> "Job":
@@ -164,5 +168,4 @@ class Job:
             lease_id=document.get("lease_id", ""),
             request_id=document.get("request_id"),
             traceparent=document.get("traceparent"),
-            seq=len(document["log"]),
         )

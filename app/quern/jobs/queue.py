@@ -25,6 +25,9 @@ from quern.store.connection import EPHEMERAL, Db, Document, Store
 #: A queued job whose turn was never opened is found by the reconciler this much later.
 GRACE = timedelta(seconds=2)
 
+#: Entries that a job's log keeps: a job that waits for days tries again thousands of times.
+LOG_KEPT = 100
+
 Opened = list[tuple[str, int, str, datetime]]
 
 
@@ -97,7 +100,7 @@ def claim(db: Db, queue: str, lease: float) -> Job | None:
                         "log": appended(State.RUNNING.value, now, {"attempt": {"$add": ["$attempt", 1]}}),
                     }
                 },
-                {"$unset": ["wake", "cancel"]},
+                {"$unset": ["wake"]},
             ],
             sort=[("due", 1), ("_id", 1)],
             return_document=ReturnDocument.AFTER,
@@ -111,9 +114,9 @@ def claim(db: Db, queue: str, lease: float) -> Job | None:
 
 
 def appended(kind: str, at: datetime, data: dict[str, Any]) -> Document:
-    """The aggregation expression for a job's log with one entry more."""
-    entry = {"seq": {"$add": [{"$size": "$log"}, 1]}, "type": kind, "at": at, "data": data}
-    return {"$concatArrays": ["$log", [entry]]}
+    """The aggregation expression for a job's log with one entry more; of a long log, the newest LOG_KEPT stay."""
+    entry = {"seq": {"$add": [{"$ifNull": [{"$max": "$log.seq"}, 0]}, 1]}, "type": kind, "at": at, "data": data}
+    return {"$slice": [{"$concatArrays": ["$log", [entry]]}, -LOG_KEPT]}
 
 
 def extend(db: Db, lease_ids: Sequence[str], lease: float) -> tuple[set[str], set[str]]:
@@ -224,11 +227,14 @@ def _skip(db: Db, ids: Sequence[str], now: datetime, session: ClientSession) -> 
 
 
 def put_back(db: Db, job: Job, *, after: float, reason: str, charged: bool) -> bool:
-    """Queue a running job again, `after` seconds from now; False when the lease is no longer held."""
+    """Queue a running job again, `after` seconds from now.
+
+    False when nothing was written: the lease is no longer held, or somebody asked to cancel the job (`cancel_asked`).
+    """
     now = clock.now()
     due = now + timedelta(seconds=after)
     written = db.jobs.update_one(
-        {"_id": job.id, "state": State.RUNNING.value, "lease_id": job.lease_id},
+        {"_id": job.id, "state": State.RUNNING.value, "lease_id": job.lease_id, "cancel": {"$exists": False}},
         [
             {
                 "$set": {
@@ -246,6 +252,12 @@ def put_back(db: Db, job: Job, *, after: float, reason: str, charged: bool) -> b
     if written.matched_count:
         turns.open_many(db, [(job.queue.value, job.priority, job.tenant, due)])
     return written.matched_count == 1
+
+
+def cancel_asked(db: Db, job: Job) -> bool:
+    """Whether a job that this worker holds was asked to stop."""
+    held = {"_id": job.id, "state": State.RUNNING.value, "lease_id": job.lease_id, "cancel": True}
+    return db.jobs.find_one(held, {"_id": 1}) is not None
 
 
 class NotPossibleError(Exception):
@@ -300,12 +312,12 @@ def replay(store: Store, tenant: str | None, job_id: str) -> Document | None:
     """Queue a dead job again with a clean record of failures. None: no such job.
 
     Raises:
-        NotPossibleError: the job is not dead.
+        NotPossibleError: the job is not dead, or what it worked on was erased.
     """
     owner = {} if tenant is None else {"tenant": tenant}
     now = clock.now()
     document = store.db.jobs.find_one_and_update(
-        {"_id": job_id, "state": State.DEAD.value, **owner},
+        {"_id": job_id, "state": State.DEAD.value, "erased": {"$exists": False}, **owner},
         [
             {
                 "$set": {
@@ -322,9 +334,11 @@ def replay(store: Store, tenant: str | None, job_id: str) -> Document | None:
         return_document=ReturnDocument.AFTER,
     )
     if document is None:
-        found = store.db.jobs.find_one({"_id": job_id, **owner}, {"state": 1})
+        found = store.db.jobs.find_one({"_id": job_id, **owner}, {"state": 1, "erased": 1})
         if found is None:
             return None
+        if "erased" in found:
+            raise NotPossibleError("what the job worked on was erased; there is nothing left to run it on")
         raise NotPossibleError(f"the job is {found['state']}; only a dead job can be replayed")
     turns.open_many(store.db, [(document["queue"], document["priority"], document["tenant"], now)])
     return document

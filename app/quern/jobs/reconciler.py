@@ -3,16 +3,19 @@
 import logging
 from datetime import timedelta
 
+from pymongo.errors import PyMongoError
+
 from quern.jobs import queue, turns
 from quern.jobs.handler import Registry
 from quern.jobs.model import CONCURRENCY, Job, Queue, State
 from quern.jobs.wake import Waker
 from quern.observe import metrics
 from quern.store import clock
-from quern.store.connection import Store
+from quern.store.connection import Document, Store
 
 _log = logging.getLogger(__name__)
 _BATCH = 500
+_PUT_OFF = timedelta(minutes=1)
 
 
 def rescue(store: Store, registry: Registry) -> int:
@@ -23,15 +26,15 @@ def rescue(store: Store, registry: Registry) -> int:
     for document in db.jobs.find(expired).limit(_BATCH):
         fence = {"lease_id": document["lease_id"], **expired}
         metrics.RESCUED.labels(document["queue"]).inc()
+        if document.get("cancel"):
+            _end(store, registry, document, State.CANCELLED, None, fence, "lease_until")
+            continue
         if document["lost"] + 1 >= settings.max_lost_leases:
             error = f"its worker vanished {settings.max_lost_leases} times; replay it once the cause is mended"
-            try:
-                queue.settle(store, registry, Job.from_document(document), State.DEAD, error=error, fence=fence)
-            except queue.LeaseLostError:
-                pass
+            _end(store, registry, document, State.DEAD, error, fence, "lease_until")
             continue
         written = db.jobs.update_one(
-            {"_id": document["_id"], **fence},
+            {"_id": document["_id"], **fence, "cancel": {"$exists": False}},
             [
                 {
                     "$set": {
@@ -50,6 +53,34 @@ def rescue(store: Store, registry: Registry) -> int:
             turns.open_many(db, [(document["queue"], document["priority"], document["tenant"], now)])
             _log.info("took a job back from a silent worker", extra={"job": document["_id"], "kind": document["kind"]})
     return rescued
+
+
+def _end(
+    store: Store,
+    registry: Registry,
+    document: Document,
+    state: State,
+    error: str | None,
+    fence: Document,
+    timer: str,
+) -> bool:
+    """End a job that no worker holds; whether this did it.
+
+    One that cannot be ended must not keep the others from rescue: `timer`, the time by which it was found, is put
+    off, and the log says what is wrong with it.
+    """
+    try:
+        queue.settle(store, registry, Job.from_document(document), state, error=error, fence=fence)
+    except queue.LeaseLostError:
+        return False
+    except PyMongoError:
+        raise
+    except Exception:
+        _log.exception("could not end a job", extra={"job": document["_id"], "kind": document["kind"]})
+        later = {"$set": {timer: clock.now() + _PUT_OFF}}
+        store.db.jobs.update_one({"_id": document["_id"], **fence}, later)
+        return False
+    return True
 
 
 def reopen(store: Store) -> int:
@@ -80,20 +111,9 @@ def expire(store: Store, registry: Registry) -> int:
     """End queued jobs whose deadline has passed. Returns how many."""
     db, now, ended = store.db, clock.now(), 0
     overdue = {"state": {"$in": [State.QUEUED.value, State.BLOCKED.value]}, "deadline": {"$lt": now}}
-    for document in db.jobs.find(overdue).hint("deadline").limit(_BATCH):
+    for document in db.jobs.find(overdue).hint("overdue").limit(_BATCH):
         fence = {"state": document["state"], "deadline": document["deadline"]}
-        try:
-            queue.settle(
-                store,
-                registry,
-                Job.from_document(document),
-                State.DEAD,
-                error="its deadline passed while it waited",
-                fence=fence,
-            )
-            ended += 1
-        except queue.LeaseLostError:
-            continue
+        ended += _end(store, registry, document, State.DEAD, "its deadline passed while it waited", fence, "deadline")
     return ended
 
 

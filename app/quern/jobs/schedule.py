@@ -30,9 +30,11 @@ def run_due(store: Store, ticks: Sequence[Tick], now: datetime | None = None) ->
         seen = db.schedule.find_one({"_id": tick.name})
         if seen and seen["made"] >= at:
             continue
-        opened += queue.insert(db, [tick.make(at)])
-        turns.open_many(db, opened)
+        made = queue.insert(db, [tick.make(at)])
+        turns.open_many(db, made)
+        # Last: whoever dies before this makes the same job again, which changes nothing.
         db.schedule.update_one({"_id": tick.name}, {"$max": {"made": at}}, upsert=True)
+        opened += made
     return opened
 
 
@@ -40,13 +42,11 @@ def take_lead(store: Store, name: str, holder: str, seconds: float) -> bool:
     """Hold, or take over, the lease of a role that only one process should play at a time."""
     now = clock.now()
     try:
-        return (
-            store.db.leads.update_one(
-                {"_id": name, "$or": [{"holder": holder}, {"until": {"$lt": now}}]},
-                {"$set": {"holder": holder, "until": now + timedelta(seconds=seconds)}},
-                upsert=True,
-            ).acknowledged
-            is True
+        store.db.leads.update_one(
+            {"_id": name, "$or": [{"holder": holder}, {"until": {"$lt": now}}]},
+            {"$set": {"holder": holder, "until": now + timedelta(seconds=seconds)}},
+            upsert=True,
         )
     except DuplicateKeyError:
         return False
+    return True

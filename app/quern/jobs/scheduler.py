@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pymongo.errors import PyMongoError
 
@@ -16,6 +17,7 @@ from quern.jobs.wake import Waker
 from quern.store.connection import Store
 
 _log = logging.getLogger(__name__)
+_TICK_EVERY = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,25 @@ class Chore:
     name: str
     every: float
     do: Callable[[], object]
+
+
+def _tick(store: Store, waker: Waker, tick: Tick) -> None:
+    waker.wake_all(schedule.run_due(store, [tick]))
+
+
+def _chore(store: Store, chore: Chore, holder: str) -> None:
+    if schedule.take_lead(store, chore.name, holder, seconds=chore.every + 10):
+        chore.do()
+
+
+def _attempt(name: str, do: Callable[[], object]) -> None:
+    """Do one part of a pass; whatever is wrong with it must not stop the others."""
+    try:
+        do()
+    except PyMongoError as error:
+        _log.warning("the scheduler waits for the database", extra={"part": name, "error": type(error).__name__})
+    except Exception:
+        _log.exception("a part of the scheduler's pass failed", extra={"part": name})
 
 
 def main(
@@ -41,19 +62,13 @@ def main(
     next_ticks = 0.0
     while not stop.is_set():
         began = time.monotonic()
-        try:
-            reconciler.reconcile(store, registry, waker)
-            if began >= next_ticks:
-                waker.wake_all(schedule.run_due(store, ticks))
-                next_ticks = began + 5.0
-            for chore in chores:
-                if began >= next_run[chore.name]:
-                    next_run[chore.name] = began + chore.every
-                    if schedule.take_lead(store, chore.name, holder, seconds=chore.every + 10):
-                        chore.do()
-        except PyMongoError as error:
-            _log.warning("the scheduler waits for the database", extra={"error": type(error).__name__})
-        except Exception:
-            # One broken job or chore must not stop the rescue of all others.
-            _log.exception("a pass of the scheduler failed")
+        _attempt("reconcile", lambda: reconciler.reconcile(store, registry, waker))
+        if began >= next_ticks:
+            next_ticks = began + _TICK_EVERY
+            for tick in ticks:
+                _attempt(tick.name, partial(_tick, store, waker, tick))
+        for chore in chores:
+            if began >= next_run[chore.name]:
+                next_run[chore.name] = began + chore.every
+                _attempt(chore.name, partial(_chore, store, chore, holder))
         stop.wait(max(0.01, store.settings.job.reconcile_every - (time.monotonic() - began)))

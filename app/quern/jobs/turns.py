@@ -1,14 +1,16 @@
 """Fairness: tenants take turns.
 
-One document for each queue, priority and tenant that has work: `{queue, priority, tenant, ready, turn, n}`. A claim
-takes the document whose turn is longest ago (among those of the best priority), puts it at the end, then claims that
-tenant's oldest job. So a flood of one tenant delays another's job by at most one job for each tenant that waits.
+One document for each queue, priority and tenant that has work: `{queue, priority, tenant, ready, turn, opening}`.
+A claim takes the document whose turn is longest ago (among those of the best priority), puts it at the end, then claims
+that tenant's oldest job. So a flood of one tenant delays another's job by at most one job for each tenant that waits.
 
-`n` counts openings: a claimer that found nothing closes the turn only if nobody opened it in the meantime.
+`opening` is random for each opening: a claimer that found nothing closes the turn only if nobody opened it meanwhile
+(a counter would begin again with the next document, and a slow claimer would close a turn that it never saw).
 Turns are written unjournaled, but always before the durable write that relies on them (MongoDB's journal is a
 sequence: what comes later is never kept without what came before).
 """
 
+import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ class Turn:
     queue: str
     priority: int
     tenant: str
-    n: int
+    opening: str
 
 
 def _id(queue: str, priority: int, tenant: str) -> str:
@@ -49,7 +51,7 @@ def open_many(db: Db, work: Iterable[tuple[str, int, str, datetime]]) -> None:
                 {"_id": _id(*key)},
                 {
                     "$min": {"ready": due},
-                    "$inc": {"n": 1},
+                    "$set": {"opening": secrets.token_hex(8)},
                     "$setOnInsert": {"queue": key[0], "priority": key[1], "tenant": key[2], "turn": now},
                 },
                 upsert=True,
@@ -73,7 +75,7 @@ def take(db: Db, queue: str, now: datetime) -> Turn | None:
 
 def close(db: Db, turn: Turn, next_due: datetime | None) -> None:
     """End a turn that had no job due: put off until `next_due`, or drop it when nothing waits."""
-    unchanged = {"_id": turn.id, "n": turn.n}
+    unchanged = {"_id": turn.id, "opening": turn.opening}
     turns = db.turns.with_options(write_concern=EPHEMERAL)
     if next_due is None:
         turns.delete_one(unchanged)
@@ -87,4 +89,4 @@ def ready_queues(db: Db, now: datetime) -> list[str]:
 
 
 def _turn(document: Document) -> Turn:
-    return Turn(document["_id"], document["queue"], document["priority"], document["tenant"], document["n"])
+    return Turn(document["_id"], document["queue"], document["priority"], document["tenant"], document["opening"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -9,14 +10,19 @@ from collections.abc import Callable
 from huey.consumer import Consumer
 from pymongo.errors import PyMongoError
 
-from quern.jobs import backoff, estimate, queue, wake
-from quern.jobs.handler import Context, Handler, Refused, Registry, RetryLater
+from quern.jobs import backoff, capacity, estimate, queue, wake
+from quern.jobs.handler import Context, Handler, Obsolete, Refused, Registry, RetryLater
 from quern.jobs.model import CONCURRENCY, Job, Queue, State
 from quern.observe import logs, metrics, traces
 from quern.store import clock
 from quern.store.connection import Store, is_away
 
 _log = logging.getLogger(__name__)
+
+#: Seconds between two heartbeats, or a quarter of the lease if that is less.
+_BEAT = 2.0
+#: Seconds that a stopping worker waits for claims that are on their way.
+_LAST_CLAIMS = 5.0
 
 
 class Leases:
@@ -25,13 +31,13 @@ class Leases:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._held: dict[str, tuple[Job, threading.Event, float]] = {}
+        self._held: dict[str, tuple[Job, threading.Event]] = {}
         self.cancelled: set[str] = set()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def hold(self, job: Job, stop: threading.Event) -> None:
         with self._lock:
-            self._held[job.lease_id] = (job, stop, time.monotonic())
+            self._held[job.lease_id] = (job, stop)
 
     def release(self, job: Job) -> None:
         with self._lock:
@@ -40,37 +46,43 @@ class Leases:
 
     def held(self) -> list[Job]:
         with self._lock:
-            return [job for job, _, _ in self._held.values()]
+            return [job for job, _ in self._held.values()]
 
     def stop_all(self) -> None:
         """Tell every running handler to give up at its next good place."""
         with self._lock:
-            for _, stop, _ in self._held.values():
+            for _, stop in self._held.values():
                 stop.set()
 
     def _beat(self) -> None:
         while True:
             lease = self._store.settings.job.lease
-            time.sleep(lease / 4)
+            # More often than a lease needs it: the answer also says who asked to cancel.
+            time.sleep(min(lease / 4, _BEAT))
             with self._lock:
                 before = dict(self._held)
             if not before:
                 continue
             try:
-                kept, cancelled = queue.extend(self._store.db, list(before), lease)
+                self._keep(before, lease)
             except PyMongoError as error:
                 _log.warning("a heartbeat failed; trying again", extra={"error": type(error).__name__})
-                continue
-            with self._lock:
-                for lease_id, (job, stop, since) in before.items():
-                    if lease_id not in self._held:
-                        continue
-                    if lease_id in cancelled:
-                        self.cancelled.add(lease_id)
-                        stop.set()
-                    elif lease_id not in kept and time.monotonic() - since > 1.0:
-                        metrics.LEASES_LOST.labels(job.queue.value).inc()
-                        stop.set()
+            except Exception:
+                # Without this thread every lease of the process runs out.
+                _log.exception("a heartbeat failed; trying again")
+
+    def _keep(self, before: dict[str, tuple[Job, threading.Event]], lease: float) -> None:
+        kept, cancelled = queue.extend(self._store.db, list(before), lease)
+        with self._lock:
+            for lease_id, (job, stop) in before.items():
+                if lease_id not in self._held or stop.is_set():
+                    continue
+                if lease_id in cancelled:
+                    self.cancelled.add(lease_id)
+                    stop.set()
+                elif lease_id not in kept:
+                    metrics.LEASES_LOST.labels(job.queue.value).inc()
+                    stop.set()
 
 
 class Worker:
@@ -83,6 +95,9 @@ class Worker:
         self._concurrency = concurrency or CONCURRENCY[name]
         self._leases = Leases(store)
         self._stopping: Callable[[], bool] = lambda: False
+        self._name = f"{socket.gethostname()}:{os.getpid()}:{name.value}"
+        self._claims = threading.Condition()
+        self._claiming = 0
         self._learned: dict[str, float] = {}
 
     def run(self) -> None:
@@ -106,38 +121,73 @@ class Worker:
             "worker started", extra={"queue": self._queue.value, "concurrency": self._concurrency, "pid": os.getpid()}
         )
         threading.Thread(target=self._drain_at_start, name="first drain", daemon=True).start()
+        threading.Thread(target=self._announce, name="announcer", daemon=True).start()
         consumer.run()
         self._hand_back()
+        self._leave()
 
     def _drain_at_start(self) -> None:
         # Work may have been waiting while no worker lived and its wake-ups were merged or lost.
         self._waker.wake(self._queue.value, self._concurrency)
 
+    def _announce(self) -> None:
+        while not self._stopping():
+            try:
+                capacity.announce(self._store.db, self._name, self._queue.value, self._concurrency)
+            except PyMongoError:
+                _log.debug("could not announce this worker")
+            time.sleep(capacity.EVERY)
+
+    def _leave(self) -> None:
+        try:
+            capacity.leave(self._store.db, self._name)
+        except PyMongoError:
+            _log.debug("could not say that this worker left; its announcement runs out")
+
     def _hand_back(self) -> None:
+        with self._claims:
+            self._claims.wait_for(lambda: self._claiming == 0, timeout=_LAST_CLAIMS)
         self._leases.stop_all()
         for job in self._leases.held():
             try:
                 if queue.put_back(self._store.db, job, after=0, reason="the worker was stopped", charged=False):
                     self._waker.wake(self._queue.value)
+                elif queue.cancel_asked(self._store.db, job):
+                    self._waker.wake_all(queue.settle(self._store, self._registry, job, State.CANCELLED))
+            except queue.LeaseLostError:
+                continue
             except PyMongoError:
                 _log.warning("could not hand a lease back; it runs out by itself", extra={"job": job.id})
 
     def drain(self) -> None:
         """Claim and run until no job is due. What the one Huey task does."""
-        while not self._stopping():
+        while True:
+            with self._claims:
+                if self._stopping():
+                    return
+                self._claiming += 1
+            stop = threading.Event()
             try:
                 job = queue.claim(self._store.db, self._queue.value, self._store.settings.job.lease)
+                if job is None:
+                    return
+                self._leases.hold(job, stop)
             except PyMongoError as error:
                 _log.warning("could not claim; the reconciler will wake us", extra={"error": type(error).__name__})
                 return
-            if job is None:
-                return
-            self.run_one(job)
+            finally:
+                with self._claims:
+                    self._claiming -= 1
+                    self._claims.notify_all()
+            self._work(job, stop)
 
     def run_one(self, job: Job) -> None:
         """Run a claimed job and write how it ended."""
         stop = threading.Event()
         self._leases.hold(job, stop)
+        self._work(job, stop)
+
+    def _work(self, job: Job, stop: threading.Event) -> None:
         token = logs.request_id.set(job.request_id)
         began = time.monotonic()
         try:
@@ -176,6 +226,8 @@ class Worker:
             result = handler.run(job, context)
         except Refused as verdict:
             return self._settle(job, State.DEAD, error=verdict.reason)
+        except Obsolete as verdict:
+            return self._settle(job, State.CANCELLED, error=verdict.reason)
         except RetryLater as verdict:
             return self._ended_by_stop(job, context) or self._retry(job, handler, verdict)
         except Exception as error:
@@ -208,8 +260,12 @@ class Worker:
             after = backoff.delay(max(failures, 1), settings.backoff_base, settings.backoff_cap)
 
         def write() -> str:
-            held = queue.put_back(self._store.db, job, after=after, reason=verdict.reason, charged=verdict.charged)
-            return "retry" if held else "lost"
+            if queue.put_back(self._store.db, job, after=after, reason=verdict.reason, charged=verdict.charged):
+                return "retry"
+            if queue.cancel_asked(self._store.db, job):
+                self._waker.wake_all(queue.settle(self._store, self._registry, job, State.CANCELLED))
+                return State.CANCELLED.value
+            return "lost"
 
         return self._persist(job, write)
 

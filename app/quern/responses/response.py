@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.client_session import ClientSession
 
 from quern.audit.entry import entry
-from quern.jobs.model import ENDED, State
+from quern.jobs import queue
+from quern.jobs.model import ENDED, NewJob, Queue, State
 from quern.store import clock
 from quern.store.connection import Db, Document
 
@@ -24,7 +25,7 @@ INDEXES = {
 }
 
 #: What leaves the database for a client; the outbox and the audit key never do.
-_SHOWN = {"outbox": 0, "audit_key": 0, "fingerprint": 0}
+_SHOWN = {"outbox": 0, "unrelayed": 0, "audit_key": 0, "fingerprint": 0}
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,20 @@ def stream(db: Db, tenant: str, where: Filter) -> Iterator[Document]:
 
 
 def erase(
-    db: Db, tenant: str, response: str, actor: str, request_id: str | None, session: ClientSession
+    db: Db,
+    tenant: str,
+    response: str,
+    actor: str,
+    request_id: str | None,
+    session: ClientSession,
+    *,
+    keep_days: int = 30,
 ) -> bool | None:
     """Make a person's answers and everything derived from them vanish. None: no such response; False: erased before.
 
     What stays is the mark that there was one. Waiting jobs are cancelled; a running one finds nothing to write to. The
-    key of its audit entries goes too, so that the chain holds and says nothing of the person.
+    key of its audit entries goes too, so that the chain holds and says nothing of the person. Its jobs, emptied, are
+    forgotten after `keep_days`.
     """
     document = db.responses.find_one({"_id": response, "tenant": tenant}, session=session)
     if document is None:
@@ -91,32 +100,35 @@ def erase(
     if "erased" in document:
         return False
     now = clock.now()
+    forget = now + timedelta(days=keep_days)
     kept: Document = {name: document[name] for name in ("_id", "tenant", "form", "version", "created")}
     db.responses.replace_one(
         {"_id": response, "tenant": tenant}, {**kept, "status": "erased", "erased": now}, session=session
     )
-    if "outbox" in document:
-        submitted = document["outbox"]["audit"]
+    if outbox := document.get("outbox", document.get("unrelayed")):
+        submitted = outbox["audit"]
         if db.audit.find_one({"_id": submitted["_id"]}, {"_id": 1}, session=session) is None:
             db.audit.insert_one(submitted, session=session)
+        # A relay may hold this outbox in its hand: the jobs that it would make exist from here on, and have ended.
+        queue.insert(db, _tombstones(document), session=session)
+    ended = {"$in": ["$state", [state.value for state in ENDED]]}
+    # Why a job failed may quote what it worked on.
+    log = {"$map": {"input": "$log", "as": "entry", "in": {"$mergeObjects": ["$$entry", {"data": {"$literal": {}}}]}}}
     db.jobs.update_many(
         {"subject": response, "tenant": tenant},
         [
+            {"$set": {"log": log}},
             {
                 "$set": {
-                    "state": {
-                        "$cond": [
-                            {"$in": ["$state", [state.value for state in ENDED]]},
-                            "$state",
-                            State.CANCELLED.value,
-                        ]
-                    },
+                    "log": {"$cond": [ended, "$log", queue.appended(State.CANCELLED.value, now, {})]},
+                    "state": {"$cond": [ended, "$state", State.CANCELLED.value]},
                     "ended": {"$ifNull": ["$ended", now]},
+                    "forget": {"$ifNull": ["$forget", forget]},
                     "erased": now,
                     "payload": {"step": "$payload.step"},
                 }
             },
-            {"$unset": ["result", "error", "lease_id", "lease_until", "wake"]},
+            {"$unset": ["result", "error", "lease_id", "lease_until", "wake", "cancel"]},
         ],
         session=session,
     )
@@ -126,6 +138,21 @@ def erase(
     record = entry(tenant, actor, "response.erased", response, request_id=request_id, at=now)
     db.audit.insert_one(record, session=session)
     return True
+
+
+def _tombstones(document: Document) -> list[NewJob]:
+    return [
+        NewJob(
+            id=NewJob.derived_id(document["tenant"], document["_id"], step),
+            tenant=document["tenant"],
+            queue=Queue.LOW,
+            kind="erased",
+            payload={"step": step},
+            subject=document["_id"],
+            state=State.CANCELLED,
+        )
+        for step in document["steps"]
+    ]
 
 
 def matching(db: Db, tenant: str, where: Filter, limit: int) -> list[str]:

@@ -33,26 +33,34 @@ def drain(store: Store, versions: Versions, waker: Waker) -> int:
         return 0
     metrics.OUTBOX_LAG.set((clock.now() - found[0]["outbox"]["at"]).total_seconds())
     jobs: list[NewJob] = []
+    done: list[UpdateOne] = []
     for response in found:
-        version = versions.get(db, response["tenant"], response["form"], response["version"])
-        if version is None:
-            _log.error("a response's form version is missing", extra={"response": response["_id"]})
-            continue
-        jobs += run.jobs(parsed(version.workflow), response)
+        this = {"_id": response["_id"], "outbox.at": response["outbox"]["at"]}
+        try:
+            jobs += _jobs(store, versions, response)
+        except PyMongoError:
+            raise
+        except Exception:
+            # Kept as it is, but out of the way of all the others.
+            _log.exception("an outbox cannot be relayed; it is set aside", extra={"response": response["_id"]})
+            done.append(UpdateOne(this, {"$rename": {"outbox": "unrelayed"}}))
+        else:
+            done.append(UpdateOne(this, {"$unset": {"outbox": ""}}))
     opened = queue.insert(db, jobs)
     _record(store, [response["outbox"]["audit"] for response in found])
     turns.open_many(db, opened)
     # Last, and journaled: from here on the jobs stand by themselves.
-    db.responses.bulk_write(
-        [
-            UpdateOne({"_id": response["_id"], "outbox.at": response["outbox"]["at"]}, {"$unset": {"outbox": ""}})
-            for response in found
-        ],
-        ordered=False,
-    )
+    db.responses.bulk_write(done, ordered=False)
     metrics.FANNED_OUT.inc(len(found))
     waker.wake_all(opened)
     return len(found)
+
+
+def _jobs(store: Store, versions: Versions, response: Document) -> list[NewJob]:
+    version = versions.get(store.db, response["tenant"], response["form"], response["version"])
+    if version is None:
+        raise LookupError("the version of the form that the response was filled in for is missing")
+    return run.jobs(parsed(version.workflow), response)
 
 
 def _record(store: Store, entries: list[Document]) -> None:
@@ -74,6 +82,10 @@ def main(store: Store, waker: Waker, stop: threading.Event) -> None:
                 pass
         except PyMongoError as error:
             _log.warning("the relay waits for the database", extra={"error": type(error).__name__})
+            stop.wait(0.5)
+            continue
+        except Exception:
+            _log.exception("the relay failed; trying again")
             stop.wait(0.5)
             continue
         try:
