@@ -14,7 +14,6 @@ from jinja2 import StrictUndefined, Template, TemplateError, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_OUTPUT: Final = 50_000
-_TOO_DEEP: Final = "not a template: it nests too deeply"
 
 _ALLOWED: Final = (
     nodes.Template,
@@ -62,7 +61,21 @@ _FILTERS: Final = frozenset(
     ]
 )
 _TESTS: Final = frozenset(
-    "defined undefined none string number boolean true false in even odd lower upper sequence mapping".split()
+    [
+        "defined",
+        "undefined",
+        "none",
+        "string",
+        "number",
+        "boolean",
+        "true",
+        "false",
+        "in",
+        "even",
+        "odd",
+        "lower",
+        "upper",
+    ]
 )
 
 
@@ -119,11 +132,18 @@ _environment.globals.clear()
 def check(source: str) -> str:
     """The template itself when it is sound. Raises ValueError naming the first fault (a loop, a call, a macro …)."""
     try:
-        tree = _environment.parse(source)
+        _check(source)
+        # Python's own compiler has less patience than Jinja's parser.
+        _compiled(source)
     except TemplateError as error:
         raise ValueError(f"not a template: {error.message}") from None
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+    except (RecursionError, SyntaxError, MemoryError):
+        raise ValueError("not a template: it nests too deeply") from None
+    return source
+
+
+def _check(source: str) -> None:
+    tree = _environment.parse(source)
     for node in (tree, *tree.find_all(nodes.Node)):
         if not isinstance(node, _ALLOWED):
             raise ValueError(f"line {node.lineno}: {type(node).__name__.lower()} is not allowed in a template")
@@ -133,12 +153,6 @@ def check(source: str) -> str:
     for test in tree.find_all(nodes.Test):
         if test.name not in _TESTS:
             raise ValueError(f"line {test.lineno}: no test {test.name!r}; there are {', '.join(sorted(_TESTS))}")
-    try:
-        _compiled(source)
-    except (SyntaxError, RecursionError, MemoryError):
-        # Python's own compiler has less patience than Jinja's parser.
-        raise ValueError(_TOO_DEEP) from None
-    return source
 
 
 @lru_cache(maxsize=512)
