@@ -51,7 +51,10 @@ $(UV):
 
 lock: $(UV) ## pin every requirement again, with hashes
 	$(UV_COMPILE) app/requirements.in -o requirements.txt
-	for source in requirements*.in; do $(UV_COMPILE) "$$source" -o "$${source%.in}.txt"; done
+	for source in $(filter-out requirements-llama.in,$(wildcard requirements*.in)); do \
+	    $(UV_COMPILE) "$$source" -o "$${source%.in}.txt"; done
+	# What it needs beyond requirements.txt is named in its .in file, one by one.
+	$(UV_COMPILE) --no-deps requirements-llama.in -o requirements-llama.txt
 
 clean: ## remove what was made in this folder (the caches outside it stay)
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis app/*.egg-info
