@@ -365,6 +365,8 @@ def test_an_open_circuit_holds_messages_back_without_charging_them(house: House,
     assert {job["status"] for job in jobs} == {"queued"}
     assert all((clock.now() + timedelta(seconds=500)).isoformat() < job["due"] for job in jobs)
     assert len(house.deliveries(endpoint)) == 1
+    held = house.runtime.store.db.jobs.find({"tenant": house.tenant})
+    assert sorted(job["failures"] for job in held) == [0, 0, 0, 1]
     house.make_due()
     house.work()
     assert {house.job(response)["status"] for response in responses} == {"done"}
