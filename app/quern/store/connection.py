@@ -9,6 +9,7 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import (
     AutoReconnect,
+    ConfigurationError,
     ConnectionFailure,
     ExecutionTimeout,
     NetworkTimeout,
@@ -43,6 +44,9 @@ def is_away(error: BaseException) -> bool:
     """Whether the database is out of reach, so that the same request may succeed a little later."""
     if isinstance(error, _AWAY):
         return True
+    if isinstance(error, ConfigurationError):
+        # A client that has not noticed yet that mongod restarts believes that it cannot do sessions.
+        return "Sessions are not supported" in str(error)
     if isinstance(error, OperationFailure) and error.code in (91, 11600, 11602, 189, 10107, 13435, 13436, 262, 24):
         return True
     return isinstance(error, PyMongoError) and (error.timeout or error.has_error_label("TransientTransactionError"))
