@@ -49,11 +49,11 @@ class Runtime:
 
     @cached_property
     def waker(self) -> Waker:
-        return Waker(self.settings.redis_queue_url.get_secret_value())
+        return Waker(self.store.redis_queue_url)
 
     @cached_property
     def limiter(self) -> Limiter:
-        return Limiter(connect(self.settings.redis_queue_url.get_secret_value(), timeout=1.0))
+        return Limiter(connect(self.store.redis_queue_url, timeout=1.0))
 
     @cached_property
     def authenticate(self) -> Authenticator:
@@ -102,7 +102,7 @@ class Runtime:
         except PyMongoError as error:
             problems.append(f"MongoDB: {type(error).__name__}")
         try:
-            connect(self.settings.redis_queue_url.get_secret_value(), timeout=1.0).ping()
+            connect(self.store.redis_queue_url, timeout=1.0).ping()
         except RedisError as error:
             problems.append(f"Redis: {type(error).__name__}")
         return problems

@@ -304,7 +304,7 @@ def _check_indexes() -> str:
 
 
 def _redis() -> Any:
-    return connect(open_runtime().settings.redis_queue_url.get_secret_value())
+    return connect(open_runtime().store.redis_queue_url)
 
 
 def _check_redis() -> str:

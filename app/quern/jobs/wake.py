@@ -17,14 +17,14 @@ from redis.exceptions import RedisError
 
 from quern.jobs.model import CONCURRENCY, Queue
 from quern.observe import metrics
-from quern.store.redis_connection import pool
+from quern.store.redis_connection import Url, pool
 
 TASK: Final = "work"
 RELAY: Final = "relay"
 _log = logging.getLogger(__name__)
 
 
-def make_huey(queue: str, url: str, timeout: float = 1.0) -> RedisHuey:
+def make_huey(queue: str, url: Url, timeout: float = 1.0) -> RedisHuey:
     """The Huey of one queue. Results, schedules and retries stay unused: the job document has them.
 
     `timeout` (seconds) must exceed Huey's blocking read of 1 s in a consumer.
@@ -48,7 +48,7 @@ def _never_runs_here() -> None:
 class Waker:
     """Sends wake-ups. A failed one is counted and forgotten: it never fails who called."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: Url) -> None:
         names = [*(queue.value for queue in Queue), RELAY]
         self._hueys = {name: make_huey(name, url, timeout=0.5) for name in names}
         self._tasks = {name: bind(huey, _never_runs_here) for name, huey in self._hueys.items()}

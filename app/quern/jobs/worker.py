@@ -103,7 +103,7 @@ class Worker:
     def run(self) -> None:
         """Consume until SIGINT (finish what runs, then hand leases back) or SIGTERM (hand them back at once)."""
         settings = self._store.settings
-        huey = wake.make_huey(self._queue.value, settings.redis_queue_url.get_secret_value(), timeout=5.0)
+        huey = wake.make_huey(self._queue.value, self._store.redis_queue_url, timeout=5.0)
         wake.bind(huey, self.drain)
         consumer = Consumer(
             huey,

@@ -85,6 +85,10 @@ class Store:
     def settings(self) -> Settings:
         return self._live.get()
 
+    def redis_queue_url(self) -> str:
+        """Where Redis `queue` is, as of now."""
+        return self._live.get().redis_queue_url.get_secret_value()
+
     @property
     def client(self) -> MongoClient[Document]:
         settings = self._live.get()

@@ -74,7 +74,7 @@ def _record(store: Store, entries: list[Document]) -> None:
 def main(store: Store, waker: Waker, stop: threading.Event) -> None:
     """Relay until `stop`: at once on a wake-up, else every half second."""
     versions = Versions()
-    huey = make_huey(RELAY, store.settings.redis_queue_url.get_secret_value(), timeout=3.0)
+    huey = make_huey(RELAY, store.redis_queue_url, timeout=3.0)
     huey.storage.read_timeout = 0.5
     while not stop.is_set():
         try:
