@@ -4,14 +4,17 @@ A value comes from, strongest first: the environment (`QUERN_...`), a credential
 `$CREDENTIALS_DIRECTORY`, one file a setting, named as the variable in lower case), or an `.env` file.
 """
 
+import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_json
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -20,12 +23,20 @@ from pydantic_settings import (
     SecretsSettingsSource,
     SettingsConfigDict,
 )
+from pydantic_settings import SettingsError as SourceError
 
 from quern.events.settings import EventSettings
 from quern.mail.settings import MailSettings
 from quern.webhooks.settings import WebhookSettings
 
 PREFIX = "QUERN_"
+
+_log = logging.getLogger(__name__)
+
+#: Where a process listens: a UNIX socket, or an address and a port.
+Bind = Annotated[
+    str, StringConstraints(pattern=r"^(unix:/.+|fd://[0-9]+|[^\s:]+:[0-9]{1,5}|\[[0-9a-f:]+\]:[0-9]{1,5})$")
+]
 
 
 class JobSettings(BaseModel):
@@ -67,10 +78,13 @@ class Settings(BaseSettings):
         description="seals the audit chain; at least 32 characters", examples=["output of `quern secret-key`"]
     )
     public_url: str = Field(
-        "http://127.0.0.1:8080", pattern=r"^https?://[^/\s]+$", examples=["https://forms.example.org"]
+        "http://127.0.0.1:8080",
+        description="the origin that clients use, without a path",
+        pattern=r"^https?://[^/\s]+$",
+        examples=["https://forms.example.org"],
     )
 
-    api_bind: str = Field(
+    api_bind: Bind = Field(
         "127.0.0.1:8080", description="`unix:/path` or host:port", examples=["unix:/run/quern/api.sock"]
     )
     api_workers: Annotated[int, Field(ge=1, le=256)] | None = Field(
@@ -78,13 +92,16 @@ class Settings(BaseSettings):
     )
     api_threads: int = Field(8, ge=1, le=256, examples=[8])
     max_body_bytes: int = Field(1_048_576, ge=1024, le=64 * 1_048_576, examples=[1_048_576])
-    events_bind: str = Field(
+    events_bind: Bind = Field(
         "127.0.0.1:8081", description="`unix:/path` or host:port", examples=["unix:/run/quern/events.sock"]
     )
     engine_socket: Path = Field(Path("/run/quern/engine.sock"), examples=["/run/quern/engine.sock"])
     engine_parallel: int = Field(8, ge=1, le=64, description="AI jobs in flight at once")
     requests_per_minute: int = Field(
-        100, ge=0, le=1_000_000, description="per key, unless the key says otherwise; 0: no limit"
+        100,
+        ge=0,
+        le=1_000_000,
+        description="of all keys of a tenant together, unless the tenant or the key says otherwise; 0: no limit",
     )
 
     mail: MailSettings | None = Field(
@@ -99,7 +116,7 @@ class Settings(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_file: Path | None = Field(None, description="default: standard error")
-    metrics_bind: str | None = Field(
+    metrics_bind: Bind | None = Field(
         None, description="`unix:/path` or host:port of this process's metrics", examples=["127.0.0.1:9464"]
     )
     metrics_dir: Path | None = Field(None, description="where the API's processes share their counters")
@@ -111,6 +128,18 @@ class Settings(BaseSettings):
         if values.get("mail_password") and isinstance(values.get("mail"), dict):
             return {**values, "mail": {**values["mail"], "password": values["mail_password"]}}
         return values
+
+    @field_validator("mongodb_uri")
+    @classmethod
+    def _is_mongodb_uri(cls, value: SecretStr) -> SecretStr:
+        return _fits(
+            value, r"mongodb(\+srv)?://[^/\s]+(/\S*)?", "mongodb://…, with a UNIX socket's path percent-encoded"
+        )
+
+    @field_validator("redis_queue_url")
+    @classmethod
+    def _is_redis_url(cls, value: SecretStr) -> SecretStr:
+        return _fits(value, r"(rediss?://[^/\s]+(/\S*)?|unix://\S*/\S+)", "redis://…, rediss://… or unix://…")
 
     @field_validator("secret_keys")
     @classmethod
@@ -151,6 +180,13 @@ class Settings(BaseSettings):
         return tuple(sources)
 
 
+def _fits(value: SecretStr, pattern: str, expected: str) -> SecretStr:
+    text = value.get_secret_value().strip()
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"expected {expected}")
+    return SecretStr(text)
+
+
 class SettingsError(Exception):
     """A setting is missing or wrong; the text names each one, what is wrong and an example."""
 
@@ -165,31 +201,67 @@ def load() -> Settings:
         return Settings()
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(item) for item in error.errors(include_input=False))) from None
+    except SourceError as error:
+        # Its text names the setting; the cause, which quotes the value, stays behind.
+        found = re.search(r'field "(\w+)"', str(error))
+        name = f"{PREFIX}{found[1].upper()}" if found else "a setting"
+        raise SettingsError(f"{name}: expected JSON, for example [] or {{}}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        place = getattr(error, "filename", None) or "a credential or .env file"
+        raise SettingsError(f"{place}: expected a readable text file in UTF-8, found {type(error).__name__}.") from None
 
 
 def _explain(item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
+    path = [part for part in item["loc"] if isinstance(part, str)]
     name = PREFIX + "__".join(path).upper()
-    found = "it is not set" if item["type"] == "missing" else item["msg"]
-    field = Settings.model_fields.get(path[0]) if path else None
-    example = f" Example: {name}={field.examples[0]}" if field and field.examples and len(path) == 1 else ""
-    return f"{name}: {found}.{example}"
+    field = _field(path)
+    # Some validators end with what they found; a value may be a secret in the wrong place.
+    found = item["msg"].removeprefix("Value error, ").split(", found ")[0]
+    if item["type"] == "missing":
+        found = "it is not set"
+    elif item["type"] == "string_pattern_mismatch" and field and field.description:
+        found = f"expected {field.description}"
+    example = _example(field) if field else ""
+    return f"{name}: {found}." + (f" Example: {name}={example}" if example else "")
+
+
+def _field(path: list[str]) -> FieldInfo | None:
+    """The setting at the end of a path of names; None where that is a group of settings, or nothing."""
+    model: type[BaseModel] | None = Settings
+    field = None
+    for part in path:
+        field = model.model_fields.get(part) if model else None
+        if field is None:
+            return None
+        kinds = [field.annotation, *get_args(field.annotation)]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return field if model is None else None
+
+
+def _example(field: FieldInfo) -> str:
+    """An example of a setting, or its default; empty when it has neither."""
+    if field.examples:
+        return str(field.examples[0])
+    default = field.get_default()
+    if default is None or default is PydanticUndefined:
+        return ""
+    return default if isinstance(default, str) else to_json(default).decode()
 
 
 class LiveSettings:
     """The settings, read again when a credential file changes, so that rotation needs no restart.
 
     Looks at the credential directory's modification times at most once a second. A broken new file keeps the last
-    good settings and is logged by the caller through `on_error`.
+    good settings and is logged.
     """
 
-    def __init__(self, settings: Settings | None = None, on_error: Callable[[str], None] | None = None) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         self._fixed = settings is not None
-        self._current = settings if settings is not None else load()
-        self._on_error = on_error
         self._lock = threading.Lock()
         self._looked = time.monotonic()
+        # Before the values: what changes between the two is then seen at the next look.
         self._stamp = self._fingerprint()
+        self._current = settings if settings is not None else load()
 
     def get(self) -> Settings:
         """The settings as of the last second."""
@@ -203,9 +275,9 @@ class LiveSettings:
             if stamp != self._stamp:
                 try:
                     self._current = load()
+                    _log.info("the credentials were read again")
                 except SettingsError as error:
-                    if self._on_error:
-                        self._on_error(str(error))
+                    _log.error("the changed credentials are not usable; the old ones stay: %s", error)
                 self._stamp = stamp
         return self._current
 
@@ -214,5 +286,12 @@ class LiveSettings:
         directory = os.environ.get("CREDENTIALS_DIRECTORY")
         if not directory or not Path(directory).is_dir():
             return ()
-        stats = [(entry.name, entry.stat()) for entry in Path(directory).iterdir() if entry.is_file()]
-        return tuple(sorted((name, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+        found = []
+        for entry in Path(directory).iterdir():
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:
+                # It is being replaced at this moment; the next look sees the new one.
+                continue
+            found.append((entry.name, stat.st_mtime_ns, stat.st_ino))
+        return tuple(sorted(found))

@@ -28,6 +28,9 @@ from quern.workflows.handlers import Steps
 
 _log = logging.getLogger(__name__)
 
+#: How long an erasure waits for an engine that hangs.
+PURGE_SECONDS = 5.0
+
 
 @dataclass
 class Runtime:
@@ -88,7 +91,7 @@ class Runtime:
     def forget(self, tenant: str) -> None:
         """After an erasure: have the engine drop what its caches hold of a tenant's texts."""
         try:
-            self.engine.purge(tenant)
+            EngineClient(self.settings.engine_socket, timeout=PURGE_SECONDS).purge(tenant)
         except EngineError:
             # An engine that is away holds nothing; it keeps its caches in memory only.
             _log.info("the engine could not be asked to forget", extra={"tenant": tenant})

@@ -26,7 +26,8 @@ from quern.store import identifier
 from quern.store.connection import is_away
 
 _log = logging.getLogger(__name__)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+#: What a client may call its request; the front door and `quern.events` hold to the same.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 EDGES: list[Edge] = [forms.edge, responses.edge, jobs.edge, webhooks.edge, keys.edge, audit.edge]
 
@@ -44,8 +45,10 @@ def create_app(runtime: Runtime | None = None) -> Flask:
     app.extensions["quern"] = runtime
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.url_map.strict_slashes = False
+    # No path is redirected: the place to go to would be made of what the client says the host is.
+    app.url_map.merge_slashes = False
     # One proxy, our own nginx, stands in front.
-    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=1)  # type: ignore[method-assign]
+    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1)  # type: ignore[method-assign]
     for edge in EDGES:
         app.register_blueprint(edge.blueprint)
     _add_own_routes(app, runtime)
@@ -61,7 +64,8 @@ def _add_passage(app: Flask) -> None:
         g.request_id = given if _REQUEST_ID.fullmatch(given) else identifier.new("req")
         g.began = time.monotonic()
         g.log_token = logs.request_id.set(g.request_id)
-        g.span = traces.span(f"HTTP {request.method}", request.headers.get("traceparent"))
+        name = request.url_rule.rule if request.url_rule else "unmatched"
+        g.span = traces.span(f"{request.method} {name}", request.headers.get("traceparent"))
         g.traceparent = g.span.__enter__()
 
     @app.after_request
@@ -109,7 +113,8 @@ def _add_errors(app: Flask) -> None:
     @app.errorhandler(PyMongoError)
     def database(error: PyMongoError) -> Response:
         if is_away(error):
-            return answer(away("the database"))
+            unsafe = request.method not in ("GET", "HEAD", "OPTIONS")
+            return answer(away("the database", changed=unsafe and getattr(g, "began_work", False)))
         _log.exception("a database operation failed")
         return answer(Problem(500, "an unexpected error; the log has it under this request id"))
 

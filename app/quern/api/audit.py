@@ -7,7 +7,6 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery, page
-from quern.api.problem import Fault, Problem
 from quern.audit import entry as store
 from quern.store.connection import Document
 
@@ -46,18 +45,7 @@ def _show(document: Document) -> AuditEntry:
 def list_audit(call: Call) -> Reply:
     """Newest first. `quern audit verify` on the host checks the whole chain."""
     query: AuditQuery = call.query
-    after = query.position(2)
-    if after is not None:
-        try:
-            if datetime.fromisoformat(after[0]).tzinfo is None:
-                raise ValueError(after[0])
-        except ValueError:
-            raise Problem(
-                422,
-                "not a cursor of this list",
-                kind="validation",
-                errors=[Fault(pointer="?cursor", detail="malformed")],
-            ) from None
+    after = query.moment_position()
     found = store.listing(call.db, call.tenant, after=after, limit=query.limit + 1, subject=query.subject)
     items, following = page(found, query.limit, _show, lambda item: [item["at"].isoformat(), item["_id"]])
     return Reply(AuditPage(items=items, next_cursor=following))

@@ -5,8 +5,9 @@ from typing import Any, Final
 
 import orjson
 from flask import Request
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
+from quern.api.patience import receiving
 from quern.api.problem import Problem
 
 MAX_DEPTH: Final = 32
@@ -31,7 +32,10 @@ def read_json(request: Request, limit: int) -> tuple[Any, bytes]:
     if (request.content_length or 0) > limit:
         raise Problem(413, f"the body has {request.content_length} bytes; at most {limit} are accepted")
     try:
-        raw = request.get_data(cache=False)
+        with receiving(request.environ.get("gunicorn.socket")):
+            raw = request.get_data(cache=False)
+    except ClientDisconnected:
+        raise Problem(408, "the body did not arrive in time, or not whole") from None
     except RequestEntityTooLarge:
         raise Problem(413, f"the body is too large; at most {limit} bytes are accepted") from None
     return parse(raw, limit), raw

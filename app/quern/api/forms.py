@@ -1,5 +1,6 @@
 """`/forms`: drafts, versions, opening and closing."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -7,10 +8,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from quern.api.operation import Call, Edge, Reply
-from quern.api.page import Page, PageQuery, page
+from quern.api.page import Page, PageQuery, bad_cursor, page
 from quern.api.problem import Fault, Problem, not_found
 from quern.forms import form as store
-from quern.forms.fields import AnyField, DateField, EmailField, FormDefinition, compiled
+from quern.forms.fields import EmailField, Fields, FormDefinition, compiled
 from quern.store.connection import Document
 from quern.webhooks import endpoints
 from quern.workflows.definition import EmailStep, FromField, WebhookStep, Workflow
@@ -24,7 +25,7 @@ class FormIn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
-    fields: list[AnyField] = Field(min_length=1, max_length=500)
+    fields: Fields
     workflow: Workflow = Workflow()
 
 
@@ -118,16 +119,9 @@ def _checked(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
                 endpoints.get(call.db, call.tenant, step.endpoint, session=call.session)
             except LookupError:
                 faults.append(Fault(pointer=f"{place}/endpoint", detail="there is no such webhook endpoint"))
-    for position, field in enumerate(body.fields):
-        if isinstance(field, DateField) and field.earliest and field.latest and field.earliest > field.latest:
-            faults.append(Fault(pointer=f"/fields/{position}/latest", detail="is before `earliest`"))
     if faults:
-        raise Problem(
-            422, "the workflow or a field does not fit the form; see `errors`", kind="validation", errors=faults
-        )
+        raise Problem(422, "the workflow does not fit the form; see `errors`", kind="validation", errors=faults)
     definition = FormDefinition(fields=body.fields).model_dump(mode="json", exclude_defaults=True)
-    for field, made in zip(body.fields, definition["fields"], strict=True):
-        made["type"] = field.type
     compiled(orjson.dumps(definition).decode())
     return definition, body.workflow.model_dump(mode="json", by_alias=True, exclude_none=True)
 
@@ -248,8 +242,8 @@ def list_versions(call: Call, form: str) -> Reply:
         raise not_found("form")
     query: PageQuery = call.query
     after = query.position(1)
-    if after and not after[0].isdigit():
-        raise Problem(422, "not a cursor of this list", kind="validation")
+    if after and not re.fullmatch("[0-9]{1,9}", after[0]):
+        raise bad_cursor()
     found = store.versions(call.db, call.tenant, form, before=int(after[0]) if after else None, limit=query.limit + 1)
     items, following = page(found, query.limit, _show_version, lambda document: [str(document["version"])])
     return Reply(VersionPage(items=items, next_cursor=following))

@@ -7,6 +7,7 @@ secret that is shown once). Records vanish after a day.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -19,10 +20,11 @@ from pymongo.errors import DuplicateKeyError
 from quern.api.problem import Problem
 from quern.store import clock, identifier
 from quern.store.connection import Db
-from quern.store.vault import from_client_secret
+from quern.store.vault import VaultError, from_client_secret
 
 HEADER: Final = "Idempotency-Key"
 MAX_LENGTH: Final = 255
+PATTERN: Final = r"^[\x21-\x7e]+$"
 _KEPT = timedelta(days=1)
 _RUNNING = timedelta(seconds=30)
 
@@ -51,8 +53,8 @@ def check_key(key: str | None) -> str | None:
     """The key, or None when there is none. Raises Problem for one that is empty, too long or not printable ASCII."""
     if key is None:
         return None
-    if not 1 <= len(key) <= MAX_LENGTH or not key.isascii() or not key.isprintable():
-        raise Problem(400, f"{HEADER}: expected 1 to {MAX_LENGTH} printable ASCII characters")
+    if len(key) > MAX_LENGTH or not re.fullmatch(PATTERN, key):
+        raise Problem(400, f"{HEADER}: expected 1 to {MAX_LENGTH} printable ASCII characters without spaces")
     return key
 
 
@@ -83,11 +85,23 @@ def begin(db: Db, tenant: str, route: str, key: str, token: str, request: bytes)
         pass
     found = db.idempotency.find_one({"_id": identity})
     if found is None:
-        raise Problem(409, "the first request with this key has just ended without an effect; try again")
+        raise Problem(
+            409,
+            "the first request with this key has just ended without an effect; try again",
+            kind="request-in-progress",
+            headers={"Retry-After": "1"},
+        )
     if found["print"] != print_:
         raise Problem(422, f"this {HEADER} was used with another request; use a new key", kind="idempotency-key-reused")
     if found["state"] == "done":
-        answer = orjson.loads(from_client_secret(token, key).decrypt(found["answer"]))
+        try:
+            answer = orjson.loads(from_client_secret(token, key).decrypt(found["answer"]))
+        except VaultError:
+            raise Problem(
+                422,
+                f"this {HEADER} was used with another API key, and only that one can read the answer; use a new key",
+                kind="idempotency-key-reused",
+            ) from None
         return Kept(answer["status"], answer["body"].encode(), answer["headers"])
     taken = db.idempotency.update_one(
         {"_id": identity, "state": "running", "attempt": found["attempt"], "until": {"$lt": now}},

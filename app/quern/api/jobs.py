@@ -99,42 +99,34 @@ def get_job(call: Call, job: str) -> Reply:
     return Reply(show(document, estimate.estimate(call.db, document, clock.now())))
 
 
-@edge.operation(
-    "POST", "/jobs/{job}/cancel", scope="jobs:write", summary="Cancel a job", answers={202: Job}, transaction=False
-)
+@edge.operation("POST", "/jobs/{job}/cancel", scope="jobs:write", summary="Cancel a job", answers={202: Job})
 def cancel_job(call: Call, job: str) -> Reply:
     """A waiting job ends at once; a running one is asked to stop (`cancelling`). Asking again is no error."""
     try:
-        document = queue.cancel(call.runtime.store, call.runtime.registry, call.tenant, job)
+        found = queue.cancel(call.runtime.store, call.runtime.registry, call.tenant, job, call.session)
     except queue.NotPossibleError as error:
-        before = queue.get(call.db, call.tenant, job)
+        before = queue.get(call.db, call.tenant, job, call.session)
         if before is not None and before["state"] == "cancelled":
             return Reply(show(before), 202)
         raise Problem(409, str(error)) from None
-    if document is None:
+    if found is None:
         raise not_found("job")
     call.audit("job.cancelled", job)
-    return Reply(show(document), 202)
+    call.open_after_commit(found[1])
+    return Reply(show(found[0]), 202)
 
 
-@edge.operation(
-    "POST",
-    "/jobs/{job}/replay",
-    scope="jobs:write",
-    summary="Run a dead job again",
-    answers={202: Job},
-    transaction=False,
-)
+@edge.operation("POST", "/jobs/{job}/replay", scope="jobs:write", summary="Run a dead job again", answers={202: Job})
 def replay_job(call: Call, job: str) -> Reply:
     """Dead letters only. A webhook keeps its `webhook-id`, so a receiver that had it already can tell."""
     try:
-        document = queue.replay(call.runtime.store, call.tenant, job)
+        document = queue.replay(call.runtime.store, call.tenant, job, call.session)
     except queue.NotPossibleError as error:
         raise Problem(409, str(error)) from None
     if document is None:
         raise not_found("job")
     call.audit("job.replayed", job)
-    call.runtime.waker.wake(document["queue"])
+    call.open_after_commit(queue.opening(document))
     return Reply(show(document), 202)
 
 

@@ -3,11 +3,13 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery, page
 from quern.api.problem import Fault, Problem, not_found
+from quern.store import clock
 from quern.store.connection import Document
 from quern.tenants import keys
 
@@ -22,8 +24,10 @@ class KeyIn(BaseModel):
     scopes: list[Annotated[str, StringConstraints(max_length=50)]] | None = Field(
         None, max_length=50, description="by default all that this kind of key can have, and never more than your own"
     )
-    requests_per_minute: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = None
-    expires: AwareDatetime | None = None
+    requests_per_minute: Annotated[int, Field(ge=1, le=1_000_000, strict=True)] | None = Field(
+        None, description="a limit of its own below the tenant's, in which it counts as well"
+    )
+    expires: Moment | None = Field(None, description="by default, and at the latest, when your own key does")
 
 
 class Key(BaseModel):
@@ -52,6 +56,25 @@ def _fields(document: Document) -> Document:
     return {"id": document["_id"], **shown}
 
 
+def _within(principal: keys.Principal, body: KeyIn) -> tuple[int | None, datetime | None]:
+    """Limit and end of a new key: what was asked for, by default as its maker has them, and never more."""
+    if body.expires is not None and body.expires <= clock.now():
+        raise Problem(
+            422,
+            "the request has 1 fault; see `errors`",
+            kind="validation",
+            errors=[Fault(pointer="/expires", detail="is in the past")],
+        )
+    if principal.expires is not None and body.expires is not None and body.expires > principal.expires:
+        raise Problem(403, f"your own key ends at {clock.rfc3339(principal.expires)}, and so must the keys it makes")
+    bounds = [bound for bound in (principal.own_requests_per_minute, principal.tenant_requests_per_minute) if bound]
+    if body.requests_per_minute is not None and bounds and body.requests_per_minute > min(bounds):
+        raise Problem(403, f"your own key may give at most {min(bounds)} requests a minute")
+    # A key that the operator freed from all limits makes ordinary ones.
+    limit = body.requests_per_minute or (min(bounds) if principal.own_requests_per_minute else None)
+    return limit, body.expires or principal.expires
+
+
 @edge.operation("POST", "/keys", scope="keys:write", summary="Create an API key", body=KeyIn, answers={201: NewKey})
 def create_key(call: Call) -> Reply:
     """A key can give only scopes that it has itself. A publishable key can only submit."""
@@ -62,11 +85,7 @@ def create_key(call: Call) -> Reply:
         scopes = sorted(own & (keys.PUBLISHABLE if body.kind == "publishable" else frozenset(keys.SCOPES)))
     if beyond := sorted(set(scopes) & keys.SCOPES.keys() - own):
         raise Problem(403, f"your own key does not have {', '.join(beyond)}", kind="scope-missing")
-    limit = body.requests_per_minute
-    if limit is not None and call.principal.requests_per_minute and limit > call.principal.requests_per_minute:
-        raise Problem(403, f"your own key may make {call.principal.requests_per_minute} requests a minute, not more")
-    if limit is None and call.principal.requests_per_minute != call.runtime.settings.requests_per_minute:
-        limit = call.principal.requests_per_minute or None
+    limit, expires = _within(call.principal, body)
     try:
         document, whole = keys.create(
             call.db,
@@ -75,7 +94,7 @@ def create_key(call: Call) -> Reply:
             kind=body.kind,
             scopes=scopes,
             requests_per_minute=limit,
-            expires=body.expires,
+            expires=expires,
             session=call.session,
         )
     except keys.UnknownScopeError as error:

@@ -7,11 +7,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from quern.api import idempotency
-from quern.api.operation import Operation
+from quern.api.operation import PREFIX_OF, Operation
 from quern.api.problem import ProblemDetails
 from quern.store import identifier
-
-_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe", "delivery": "whd"}
 
 
 def describe(operations: Iterable[Operation], version: str) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def _operation(operation: Operation, references: dict[Any, Any]) -> dict[str, An
                     "type": "string",
                     "minLength": 1,
                     "maxLength": idempotency.MAX_LENGTH,
-                    "pattern": r"^[\x21-\x7e]+$",
+                    "pattern": idempotency.PATTERN,
                 },
                 "description": "The same request under the same key has one effect and the same answer, for a day.",
             }
@@ -108,7 +106,7 @@ def _path_parameters(path: str) -> list[dict[str, Any]]:
             "name": name,
             "in": "path",
             "required": True,
-            "schema": {"type": "string", "pattern": f"^{_PREFIX_OF.get(name, '[a-z]{3}')}{pattern}$"},
+            "schema": {"type": "string", "pattern": f"^{PREFIX_OF[name]}{pattern}$"},
         }
         for name in names
     ]

@@ -4,6 +4,7 @@ The order at the edge: who asks (401), may they (403), too often (429), is the r
 an unsafe one in a transaction, with its audit entry and its idempotency record.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,25 +15,37 @@ import pymongo
 import pymongo.errors
 from flask import Blueprint, Response, current_app, g, request
 from opentelemetry import trace
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pymongo.client_session import ClientSession
+from redis.exceptions import RedisError
 
 from quern.api import idempotency
 from quern.api.body import read_json
 from quern.api.problem import Problem, away, invalid, not_found
 from quern.audit.entry import entry, record
-from quern.jobs.queue import transact
+from quern.jobs import turns
+from quern.jobs.queue import Opened
 from quern.observe import metrics
 from quern.runtime import Runtime
 from quern.store import identifier
 from quern.store.connection import Db
+from quern.tenants import keys
 from quern.tenants.keys import Principal
 from quern.tenants.limit import LimiterAwayError
+
+_log = logging.getLogger(__name__)
 
 #: Seconds that a request may spend on the database before it answers 503.
 DATABASE_SECONDS: Final = 5.0
 
-_PREFIX_OF = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe", "delivery": "whd"}
+#: Path parameter to the prefix of the identifiers that it takes.
+PREFIX_OF: Final = {"form": "frm", "response": "rsp", "job": "job", "key": "key", "endpoint": "whe", "delivery": "whd"}
+
+
+class NoQuery(BaseModel):
+    """Of operations that take no query parameters."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 @dataclass
@@ -59,9 +72,9 @@ class Call:
     idempotency_key: str | None = None
     after_commit: list[Callable[[], None]] = field(default_factory=list)
 
-    @property
-    def db(self) -> Db:
-        return self.runtime.store.db
+    def __post_init__(self) -> None:
+        # One client for the whole request: the next one may have other credentials, and sessions belong to a client.
+        self.db: Db = self.runtime.store.db
 
     @property
     def tenant(self) -> str:
@@ -71,6 +84,16 @@ class Call:
         """Record a change, in its transaction."""
         document = entry(self.tenant, self.principal.key, action, subject, detail=detail, request_id=self.request_id)
         record(self.db, document, self.session)
+
+    def open_after_commit(self, opened: Opened) -> None:
+        """Open the turns of work that becomes ready with this request's transaction, and wake its queues."""
+
+        def act() -> None:
+            turns.open_many(self.db, opened)
+            for name in {item[0] for item in opened}:
+                self.runtime.nudge(name)
+
+        self.after_commit.append(act)
 
 
 @dataclass(frozen=True)
@@ -145,16 +168,16 @@ def _serve(
         call = Call(runtime, _authenticate(runtime, operation), g.request_id)
         g.limits = _limit(runtime, call.principal)
         for name, value in arguments.items():
-            if name in _PREFIX_OF and not identifier.is_valid(value, _PREFIX_OF[name]):
+            if not identifier.is_valid(value, PREFIX_OF[name]):
                 raise not_found(name)
         raw = b""
-        if operation.query is not None:
-            call.query = _query(operation.query)
+        call.query = _query(operation.query or NoQuery)
         if operation.body is not None:
             value, raw = read_json(request, runtime.settings.max_body_bytes)
             call.body = _validated(operation.body, value)
         if operation.unsafe:
             call.idempotency_key = idempotency.check_key(request.headers.get(idempotency.HEADER))
+        g.began_work = True
         if not transaction:
             return _respond(handler(call, **arguments))
         return _transact(operation, handler, call, arguments, raw)
@@ -174,21 +197,28 @@ def _authenticate(runtime: Runtime, operation: Operation) -> Principal:
 
 
 def _limit(runtime: Runtime, principal: Principal) -> dict[str, str]:
-    if principal.requests_per_minute == 0:
+    if not principal.limits:
         return {}
     try:
-        allowance = runtime.limiter.take(principal.key, principal.requests_per_minute)
+        allowance = runtime.limiter.take(principal.limits)
     except LimiterAwayError:
         raise away("the rate limiter (Redis)") from None
     if not allowance.allowed:
         metrics.LIMITED.inc()
         raise Problem(
             429,
-            f"this key may make {allowance.limit} requests a minute; try again in {allowance.retry_after} s",
+            f"{_said(principal)}; try again in {allowance.retry_after} s",
             kind="rate-limited",
             headers=allowance.headers(),
         )
     return allowance.headers()
+
+
+def _said(principal: Principal) -> str:
+    whose = {"key": "this key", "tenant": "all keys of this tenant together"}
+    return " and ".join(
+        f"{whose[limit.name]} may make {limit.requests_per_minute} requests a minute" for limit in principal.limits
+    )
 
 
 def _query(model: type[BaseModel]) -> BaseModel:
@@ -202,7 +232,7 @@ def _query(model: type[BaseModel]) -> BaseModel:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problem = invalid(error)
+        problem = invalid(error, values)
         for fault in problem.errors:
             fault.pointer = "?" + fault.pointer.removeprefix("/")
         raise problem from None
@@ -212,7 +242,7 @@ def _validated(model: type[BaseModel], value: Any) -> BaseModel:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, value) from None
 
 
 def _transact(
@@ -220,13 +250,17 @@ def _transact(
 ) -> Response:
     kept: idempotency.Record | None = None
     if call.idempotency_key is not None:
-        token = request.headers.get("Authorization", "")
         route = f"{operation.method} {request.path}"
         begun = idempotency.begin(
-            call.db, call.tenant, route, call.idempotency_key, token, raw + b"\0" + request.query_string
+            call.db,
+            call.tenant,
+            route,
+            call.idempotency_key,
+            keys.token(request.headers.get("Authorization")),
+            raw + b"\0" + request.query_string,
         )
         if isinstance(begun, idempotency.Kept):
-            answer = Response(begun.body, begun.status, begun.headers, mimetype="application/json")
+            answer = _answer(begun.body, begun.status, begun.headers)
             answer.headers["Idempotent-Replayed"] = "true"
             return answer
         kept = begun
@@ -243,13 +277,18 @@ def _transact(
         return response
 
     try:
-        response: Response = transact(call.runtime.store, work)
+        with call.db.client.start_session() as session:
+            response = session.with_transaction(work)
     except Exception:
         if kept is not None:
             _abandon(call.db, kept)
         raise
     for act in call.after_commit:
-        act()
+        try:
+            act()
+        except (pymongo.errors.PyMongoError, RedisError):
+            # What was asked for is done and durable; the reconciler makes up for what could not follow.
+            _log.warning("could not follow a commit up", exc_info=True)
     return response
 
 
@@ -264,8 +303,14 @@ def _abandon(db: Db, kept: idempotency.Record) -> None:
 def _respond(reply: Reply) -> Response:
     if reply.stream is not None:
         return Response(reply.stream, reply.status, reply.headers, mimetype=reply.media_type)
-    data = b"" if reply.body is None else dump(reply.body)
-    return Response(data, reply.status, reply.headers, mimetype=reply.media_type if data else None)
+    return _answer(b"" if reply.body is None else dump(reply.body), reply.status, reply.headers)
+
+
+def _answer(body: bytes, status: int, headers: dict[str, str]) -> Response:
+    response = Response(body, status, headers, mimetype="application/json")
+    if not body:
+        del response.headers["Content-Type"]
+    return response
 
 
 def dump(model: BaseModel) -> bytes:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quern.api import moment
 from quern.api.problem import Fault, Problem
 from quern.store import cursor
 
@@ -25,10 +26,24 @@ class PageQuery(BaseModel):
             return None
         try:
             return cursor.decode(self.cursor, length)
-        except cursor.BadCursorError as error:
-            raise Problem(
-                422, str(error), kind="validation", errors=[Fault(pointer="?cursor", detail=str(error))]
-            ) from None
+        except cursor.BadCursorError:
+            raise bad_cursor() from None
+
+    def moment_position(self) -> list[str] | None:
+        """The position (moment, identifier) to go on from. Raises Problem for a cursor that this list did not make."""
+        position = self.position(2)
+        if position is None:
+            return None
+        try:
+            return [moment.parse(position[0]).isoformat(), position[1]]
+        except ValueError:
+            raise bad_cursor() from None
+
+
+def bad_cursor() -> Problem:
+    """The answer to a cursor that the list did not make."""
+    detail = "not a cursor of this list"
+    return Problem(422, detail, kind="validation", errors=[Fault(pointer="?cursor", detail=detail)])
 
 
 class Page(BaseModel, Generic[Item]):

@@ -12,6 +12,8 @@ from quern.forms.fields import pointer
 
 MEDIA_TYPE: Final = "application/problem+json"
 MOST_ERRORS: Final = 50
+#: Characters of one fault's text; a choice's options would fill pages.
+_LONGEST: Final = 300
 
 
 class Fault(BaseModel):
@@ -56,21 +58,33 @@ def not_found(what: str) -> Problem:
     return Problem(404, f"there is no such {what}")
 
 
-def invalid(error: ValidationError, prefix: str = "") -> Problem:
-    """A 422 with every fault's place."""
+def invalid(error: ValidationError, value: Any, prefix: str = "") -> Problem:
+    """A 422 with the place in `value` of each fault, of many the first MOST_ERRORS."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
     faults = [
-        Fault(pointer=prefix + pointer(item["loc"]), detail=item["msg"])
-        for item in error.errors(include_url=False, include_context=False, include_input=False)[:MOST_ERRORS]
+        Fault(
+            pointer=prefix + pointer(item["loc"], value, item["type"] == "missing"),
+            detail=_short(item["msg"].removeprefix("Value error, ")),
+        )
+        for item in found[:MOST_ERRORS]
     ]
     noun = "fault" if error.error_count() == 1 else "faults"
     return Problem(422, f"the request has {error.error_count()} {noun}; see `errors`", kind="validation", errors=faults)
 
 
-def away(what: str) -> Problem:
-    """A 503 that invites the client back."""
-    return Problem(
-        503, f"{what} is out of reach; nothing was changed, try again", kind="away", headers={"Retry-After": "2"}
-    )
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def away(what: str, changed: bool = False) -> Problem:
+    """A 503 that invites the client back. `changed`: whether the request may have done its work all the same."""
+    detail = f"{what} is out of reach; nothing was changed, try again"
+    if changed:
+        detail = (
+            f"{what} went out of reach; the change was made whole or not at all, and nobody can say which: "
+            "look first, or send an Idempotency-Key so that trying again is safe"
+        )
+    return Problem(503, detail, kind="away", headers={"Retry-After": "2"})
 
 
 def render(problem: Problem, request_id: str) -> Response:

@@ -2,29 +2,40 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+import pymongo
+from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, TypeAdapter, ValidationError
 
+from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply, traceparent
 from quern.api.page import Page, PageQuery, page
 from quern.api.problem import Fault, Problem, invalid, not_found
 from quern.forms import form as forms
-from quern.forms.fields import NAME, FormDefinition, GroupField, check_answers, compiled
+from quern.forms.fields import MAX_DEPTH, NAME, FormDefinition, GroupField, check_answers, compiled
 from quern.jobs.wake import RELAY
 from quern.responses import intake
 from quern.responses import response as store
 from quern.store.connection import Document
 from quern.workflows import run
-from quern.workflows.definition import parsed
+from quern.workflows.definition import Workflow, parsed
 
 edge = Edge("responses")
 
-#: Responses that one request may erase; more are erased by asking again.
-MAX_ERASED = 500
+#: Responses that one request may erase, in one transaction; more are erased by asking again.
+MAX_ERASED: Final = 100
+#: Seconds that one read of a running export may take.
+EXPORT_READ_SECONDS: Final = 30.0
+#: With which a spreadsheet begins a formula; the wide forms in some languages.
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+_PATH: Final = rf"{NAME.removesuffix('$')}(\.{NAME[1:-1]}){{0,{MAX_DEPTH - 1}}}$"
+_EMAIL: Final[TypeAdapter[str]] = TypeAdapter(EmailStr)
 
 
 class ResponseIn(BaseModel):
@@ -79,19 +90,11 @@ class ResponseFilter(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status: Literal["processing", "processed", "incomplete"] | None = None
-    created_from: datetime | None = Field(None, description="this moment or later (RFC 3339)")
-    created_before: datetime | None = None
+    created_from: Moment | None = Field(None, description="this moment or later (RFC 3339)")
+    created_before: Moment | None = None
     where: Annotated[str, StringConstraints(max_length=600)] | None = Field(
         None, description="`field:value`: the answer must equal the value", examples=["sector:health"]
     )
-
-    @model_validator(mode="after")
-    def _times_have_zones(self) -> "ResponseFilter":
-        for name in ("created_from", "created_before"):
-            moment = getattr(self, name)
-            if moment is not None and moment.tzinfo is None:
-                raise ValueError(f"{name} needs a time zone, for example 2026-11-22T00:00:00Z")
-        return self
 
 
 class ResponseQuery(PageQuery, ResponseFilter):
@@ -109,7 +112,9 @@ class ErasureIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    field: Annotated[str, StringConstraints(pattern=NAME)]
+    field: Annotated[str, StringConstraints(pattern=_PATH)] = Field(
+        description="its name; `group.field` for one in a group"
+    )
     value: Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
 
@@ -159,12 +164,27 @@ def submit(call: Call, form: str) -> Reply:
     With an `Idempotency-Key` the same request may be sent again safely.
     """
     body: ResponseIn = call.body
-    document = call.runtime.open_forms.get(call.db, call.tenant, form)
-    if document is None:
+    standing = call.runtime.open_forms.get(call.db, call.tenant, form)
+    if standing is None:
         raise not_found("form")
-    if document.version is None:
+    try:
+        return _accept(call, form, body, standing)
+    except Problem as problem:
+        # What was accepted once gets the same answer again, whatever has become of the form since.
+        earlier = _earlier(call, form, body)
+        if earlier is None:
+            raise
+        if isinstance(earlier, Problem):
+            raise earlier from problem
+        return earlier
+
+
+def _accept(call: Call, form: str, body: ResponseIn, standing: forms.Standing) -> Reply:
+    if standing.version is None:
         raise Problem(409, "the form was never published", kind="form-not-open")
-    number = body.version or document.version
+    if standing.status != "open":
+        raise Problem(409, "the form is closed", kind="form-not-open")
+    number = body.version or standing.version
     version = call.runtime.versions.get(call.db, call.tenant, form, number)
     if version is None:
         raise Problem(
@@ -176,7 +196,7 @@ def submit(call: Call, form: str) -> Reply:
     try:
         answers = check_answers(compiled(version.definition), body.answers)
     except ValidationError as error:
-        raise invalid(error, "/answers") from None
+        raise invalid(error, body.answers, "/answers") from None
     workflow = parsed(version.workflow)
     steps = run.begin(workflow, answers)
     submission = intake.Submission(
@@ -189,34 +209,54 @@ def submit(call: Call, form: str) -> Reply:
         call.request_id,
         traceparent(),
         call.idempotency_key,
+        _fingerprint(body),
     )
-    if document.status != "open" and not _was_accepted(call, form):
-        raise Problem(409, "the form is closed", kind="form-not-open")
     try:
-        kept, new = intake.accept(call.db, submission)
-    except intake.AnotherBodyError:
+        kept = intake.accept(call.db, submission)
+    except intake.SubmittedBeforeError:
         raise Problem(
-            422, "this Idempotency-Key was used with another response; use a new key", kind="idempotency-key-reused"
+            409,
+            "the first request with this key is still running",
+            kind="request-in-progress",
+            headers={"Retry-After": "1"},
         ) from None
-    if new:
-        call.runtime.nudge(RELAY)
+    call.runtime.nudge(RELAY)
+    return _accepted(kept, steps, workflow, {})
+
+
+def _fingerprint(body: ResponseIn) -> str:
+    """Of what the client sent, not of what a version of the form made of it: the form may have changed since."""
+    return intake.fingerprint(body.answers, body.version)
+
+
+def _accepted(kept: Document, steps: run.Steps, workflow: Workflow, headers: dict[str, str]) -> Reply:
     href = f"/api/v1/responses/{kept['_id']}"
-    # The answer of the first time, to the letter: the steps' states as they were then.
-    links = _links({**kept, "steps": steps})
-    status: Literal["processing", "processed"] = "processing" if submission.status == "processing" else "processed"
-    accepted = Accepted(id=kept["_id"], status=status, created=kept["created"], href=href, jobs=links)
-    headers = {"Location": href} if new else {"Location": href, "Idempotent-Replayed": "true"}
-    return Reply(accepted, 202, headers)
-
-
-def _was_accepted(call: Call, form: str) -> bool:
-    """Whether this is a repetition of a response that came in while the form was open."""
-    if call.idempotency_key is None:
-        return False
-    return (
-        call.db.responses.find_one({"_id": intake.identity(call.tenant, form, call.idempotency_key)}, {"_id": 1})
-        is not None
+    status: Literal["processing", "processed"] = (
+        "processing" if run.status(workflow, steps) == "processing" else "processed"
     )
+    links = _links({**kept, "steps": steps})
+    accepted = Accepted(id=kept["_id"], status=status, created=kept["created"], href=href, jobs=links)
+    return Reply(accepted, 202, {"Location": href, **headers})
+
+
+def _earlier(call: Call, form: str, body: ResponseIn) -> Reply | Problem | None:
+    """The answer, to the letter, that this very request had when it was first sent; None when it never was accepted."""
+    if call.idempotency_key is None:
+        return None
+    found = intake.submitted(call.db, call.tenant, form, call.idempotency_key)
+    if found is None:
+        return None
+    if "erased" in found:
+        return Problem(409, "the response that this Idempotency-Key made was erased; use a new key")
+    if found.get("fingerprint") != _fingerprint(body):
+        return Problem(
+            422, "this Idempotency-Key was used with another response; use a new key", kind="idempotency-key-reused"
+        )
+    version = call.runtime.versions.get(call.db, call.tenant, form, found["version"])
+    if version is None:
+        return None
+    workflow = parsed(version.workflow)
+    return _accepted(found, run.begin(workflow, found["answers"]), workflow, {"Idempotent-Replayed": "true"})
 
 
 @edge.operation(
@@ -231,9 +271,7 @@ def list_responses(call: Call, form: str) -> Reply:
     """Newest first. Vectors of `embed` steps are left out; read one response to see them."""
     query: ResponseQuery = call.query
     where = _filter(call, form, query)
-    after = query.position(2)
-    if after is not None:
-        _check_moment(after[0])
+    after = query.moment_position()
     found = store.listing(call.db, call.tenant, where, after=after, limit=query.limit + 1)
     items, following = page(
         found,
@@ -242,17 +280,6 @@ def list_responses(call: Call, form: str) -> Reply:
         lambda item: [item["created"].isoformat(), item["_id"]],
     )
     return Reply(ResponsePage(items=items, next_cursor=following))
-
-
-def _check_moment(text: str) -> None:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise Problem(
-            422, "not a cursor of this list", kind="validation", errors=[Fault(pointer="?cursor", detail="malformed")]
-        )
 
 
 def _without_vectors(response: Response) -> Response:
@@ -293,10 +320,20 @@ def _typed(kind: str, value: str) -> str | float | bool:
             return float(value)
         if kind == "consent":
             return {"true": True, "false": False}[value]
+        if kind == "email":
+            return _as_kept(value)
     except (ValueError, KeyError):
         detail = f"expected a value that fits a {kind} field"
         raise Problem(422, detail, kind="validation", errors=[Fault(pointer="?where", detail=detail)]) from None
     return value
+
+
+def _as_kept(text: str) -> str:
+    """An email address as an email field keeps it (its domain in lower case); other text as it is."""
+    try:
+        return _EMAIL.validate_python(text)
+    except ValidationError:
+        return text
 
 
 @edge.operation(
@@ -311,12 +348,29 @@ def export(call: Call, form: str) -> Reply:
     """Streamed, oldest first: JSON Lines with everything, or CSV with a column for each answer and each result."""
     query: ExportQuery = call.query
     where = _filter(call, form, query)
-    rows = store.stream(call.db, call.tenant, where)
+    columns = _columns(call, form) if query.format == "csv" else []
+    rows = _begun(store.stream(call.db, call.tenant, where))
     name = f'attachment; filename="{form}.{query.format}"'
     if query.format == "jsonl":
         return Reply(stream=_jsonl(rows), media_type="application/jsonl", headers={"Content-Disposition": name})
-    columns = _columns(call, form)
     return Reply(stream=_csv(rows, columns), media_type="text/csv", headers={"Content-Disposition": name})
+
+
+def _begun(rows: Iterator[Document]) -> Iterator[Document]:
+    """The same rows, the first of them read already: a database that is away is then an answer of its own."""
+    first = list(itertools.islice(rows, 1))
+
+    def bounded() -> Iterator[Document]:
+        yield from first
+        while True:
+            # Each read on its own, since the client decides how long the whole takes.
+            with pymongo.timeout(EXPORT_READ_SECONDS):
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
+
+    return bounded()
 
 
 def _jsonl(rows: Iterator[Document]) -> Iterator[bytes]:
@@ -365,7 +419,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return "'" + value if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+        return "'" + value if value.startswith(_FORMULA) or value.lstrip().startswith(_FORMULA) else value
     return orjson.dumps(value).decode()
 
 
@@ -409,7 +463,7 @@ def erase_by_answer(call: Call, form: str) -> Reply:
     body: ErasureIn = call.body
     if forms.get(call.db, call.tenant, form) is None:
         raise not_found("form")
-    where = store.Filter(form=form, answers={body.field: body.value})
+    where = store.Filter(form=form, answers={body.field: _as_kept(body.value)})
     found = store.matching(call.db, call.tenant, where, MAX_ERASED + 1)
     erased = found[:MAX_ERASED]
     for response in erased:

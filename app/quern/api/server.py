@@ -1,6 +1,7 @@
 """Gunicorn, set up from the settings: threads for what answers at once (what waits is served by `quern.events`)."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
@@ -21,7 +22,15 @@ def default_workers(cores: int, memory_bytes: int) -> int:
 
 
 def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that this process's slice may use: the machine's, or the control group's limit (version 2)."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    place = Path("/sys/fs/cgroup") / group
+    for folder in (place, *place.parents):
+        limit = folder / "memory.max"
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            found.append(int(text))
+    return min(found)
 
 
 class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
@@ -36,7 +45,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         options: dict[str, Any] = {
             "bind": settings.api_bind,
             "workers": settings.api_workers or default_workers(len(os.sched_getaffinity(0)), _memory()),
-            "worker_class": "gthread",
+            "worker_class": "quern.api.patience.Worker",
             "threads": settings.api_threads,
             "timeout": 30,
             "graceful_timeout": 20,

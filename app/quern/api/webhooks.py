@@ -3,14 +3,15 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from quern.api.jobs import Job
 from quern.api.jobs import show as show_job
+from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply, traceparent
 from quern.api.page import Page, PageQuery
 from quern.api.problem import Fault, Problem, not_found
-from quern.jobs import queue, turns
+from quern.jobs import queue
 from quern.jobs.model import NewJob, State
 from quern.store import clock, cursor, identifier
 from quern.webhooks import deliveries, endpoints
@@ -87,8 +88,8 @@ class DeliveryQuery(PageQuery):
     job: Annotated[str, StringConstraints(max_length=40)] | None = None
     response: Annotated[str, StringConstraints(max_length=40)] | None = None
     delivered: bool | None = None
-    since: AwareDatetime | None = None
-    until: AwareDatetime | None = Field(None, description="exclusive")
+    since: Moment | None = None
+    until: Moment | None = Field(None, description="exclusive")
 
 
 class ReplayIn(BaseModel):
@@ -96,8 +97,8 @@ class ReplayIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    since: AwareDatetime
-    until: AwareDatetime | None = Field(None, description="exclusive; by default now")
+    since: Moment
+    until: Moment | None = Field(None, description="exclusive; by default now")
 
 
 class Replayed(BaseModel):
@@ -382,7 +383,6 @@ def _delivery(call: Call, endpoint: str, delivery: str) -> deliveries.DeliveryRe
     scope="webhooks:write",
     summary="Send a delivery's message again",
     answers={202: Job},
-    transaction=False,
 )
 def replay_delivery(call: Call, endpoint: str, delivery: str) -> Reply:
     """The message keeps its `webhook-id` and shows the response as it is now.
@@ -391,18 +391,18 @@ def replay_delivery(call: Call, endpoint: str, delivery: str) -> Reply:
     """
     _enabled(call, endpoint)
     record = _delivery(call, endpoint, delivery)
-    document = queue.get(call.db, call.tenant, record.job)
+    document = queue.get(call.db, call.tenant, record.job, call.session)
     if document is None or "erased" in document:
         raise Problem(409, "the message is no longer kept: its response was erased, or its job is too old")
     if record.response is None:
         raise Problem(409, "this was a test event; send another one")
     if document["state"] == State.DEAD:
         try:
-            document = queue.replay(call.runtime.store, call.tenant, record.job) or document
+            document = queue.replay(call.runtime.store, call.tenant, record.job, call.session) or document
         except queue.NotPossibleError as error:
             raise Problem(409, str(error)) from None
         call.audit("job.replayed", record.job)
-        call.runtime.nudge(document["queue"])
+        call.open_after_commit(queue.opening(document))
         return Reply(show_job(document), 202)
     if document["state"] != State.DONE:
         raise Problem(409, f"the job is {document['state']}; only a dead or done one can be sent again")
@@ -419,7 +419,6 @@ def replay_delivery(call: Call, endpoint: str, delivery: str) -> Reply:
     summary="Send what failed in a span of time again",
     body=ReplayIn,
     answers={202: Replayed},
-    transaction=False,
 )
 def replay_failures(call: Call, endpoint: str) -> Reply:
     """For after an outage: runs every dead letter of this endpoint again that failed in the span, up to 100 at a time.
@@ -430,32 +429,25 @@ def replay_failures(call: Call, endpoint: str) -> Reply:
     found = deliveries.failed_jobs(
         call.db, call.tenant, endpoint, since=call.body.since, until=call.body.until, limit=MAX_REPLAYED + 1
     )
-    replayed = []
+    replayed, opened = [], []
     for job in found[:MAX_REPLAYED]:
         try:
-            if queue.replay(call.runtime.store, call.tenant, job) is not None:
+            document = queue.replay(call.runtime.store, call.tenant, job, call.session)
+            if document is not None:
                 replayed.append(job)
+                opened += queue.opening(document)
         except queue.NotPossibleError:
             # Somebody else replayed it in the meantime.
             continue
     if replayed:
         call.audit("webhook.replayed", endpoint, {"jobs": len(replayed)})
-        call.runtime.nudge("webhooks")
+        call.open_after_commit(opened)
     return Reply(Replayed(jobs=replayed, more=len(found) > MAX_REPLAYED), 202)
 
 
 def _start(call: Call, job: NewJob) -> Reply:
     """Make the job durable, with the request where it has a transaction, and wake its queue."""
-    opened = queue.insert(call.db, [job], session=call.session)
-
-    def wake() -> None:
-        turns.open_many(call.db, opened)
-        call.runtime.nudge(job.queue.value)
-
-    if call.session is not None:
-        call.after_commit.append(wake)
-    else:
-        wake()
+    call.open_after_commit(queue.insert(call.db, [job], session=call.session))
     document = call.db.jobs.find_one({"_id": job.id}, session=call.session)
     if document is None:
         raise RuntimeError(f"expected the job {job.id} that was just made, found none")

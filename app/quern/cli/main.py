@@ -1,12 +1,38 @@
 """`quern`: the operator's command, and the way every process is started."""
 
+from typing import Any
+
 import click
+from pymongo.errors import PyMongoError
+from redis.exceptions import RedisError
 
 from quern import __version__
 from quern.cli import operate, services, tenants
+from quern.config import SettingsError
+from quern.store.connection import is_away
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Says in one line what is out of reach, instead of showing where the code was."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            raise click.ClickException(f"the configuration is not usable:\n{error}") from None
+        except PyMongoError as error:
+            if not is_away(error):
+                raise
+            # Its text can quote the connection string.
+            raise click.ClickException(f"expected MongoDB to answer, found {type(error).__name__}; {_RUN}") from None
+        except RedisError as error:
+            raise click.ClickException(f"expected Redis to answer, found {type(error).__name__}; {_RUN}") from None
+
+
+_RUN = "run `quern doctor`"
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="quern")
 def main() -> None:
     """A self-hosted, multi-tenant form backend with its own AI.

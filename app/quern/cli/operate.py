@@ -14,7 +14,7 @@ from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
 from quern.audit import chain
-from quern.cli.output import emit, emit_json, fail, json_option
+from quern.cli.output import emit, emit_json, emit_outcome, fail, json_option
 from quern.cli.runtime import open_runtime
 from quern.inference.client import EngineError
 from quern.jobs import estimate, queue
@@ -35,9 +35,11 @@ def migrate_command(as_json: bool) -> None:
 
 
 @click.command("secret-key")
-def secret_key() -> None:
+@json_option
+def secret_key(as_json: bool) -> None:
     """Print a fresh key for QUERN_SECRET_KEYS or QUERN_AUDIT_KEY."""
-    click.echo(Fernet.generate_key().decode())
+    made = Fernet.generate_key().decode()
+    emit_outcome({"outcome": made}, as_json)
 
 
 @click.group("form")
@@ -104,17 +106,23 @@ def show_job(identity: str, as_json: bool) -> None:
 
 @job_group.command("cancel")
 @click.argument("identity")
-def cancel_job(identity: str) -> None:
+@json_option
+def cancel_job(identity: str, as_json: bool) -> None:
     """Cancel a waiting job, or ask a running one to stop."""
     runtime = open_runtime()
     document = runtime.store.db.jobs.find_one({"_id": identity}, {"tenant": 1})
     if document is None:
         fail(f"there is no job {identity}; `quern job list` shows some")
     try:
-        after = queue.cancel(runtime.store, runtime.registry, document["tenant"], identity)
+        found = queue.cancel(runtime.store, runtime.registry, document["tenant"], identity)
     except queue.NotPossibleError as error:
         fail(str(error))
-    click.echo("asked to stop" if after and after["state"] == "running" else "cancelled")
+    if found is None:
+        fail(f"there is no job {identity}; `quern job list` shows some")
+    after, opened = found
+    runtime.waker.wake_all(opened)
+    outcome = "asked to stop" if after["state"] == "running" else "cancelled"
+    emit_outcome({"id": identity, "outcome": outcome}, as_json)
 
 
 @click.group("queue")
@@ -152,7 +160,8 @@ def list_dead(limit: int, as_json: bool) -> None:
 @dead_group.command("replay")
 @click.argument("identities", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Replay every dead letter.")
-def replay_dead(identities: tuple[str, ...], everything: bool) -> None:
+@json_option
+def replay_dead(identities: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """Run dead letters again, by IDENTITIES or --all."""
     runtime = open_runtime()
     if everything == bool(identities):
@@ -168,7 +177,7 @@ def replay_dead(identities: tuple[str, ...], everything: bool) -> None:
         if document is None:
             fail(f"there is no job {identity}; `quern dead list` shows the dead ones")
         runtime.waker.wake(document["queue"])
-    click.echo(f"queued again: {len(chosen)}")
+    emit_outcome({"jobs": list(chosen), "outcome": f"queued again: {len(chosen)}"}, as_json)
 
 
 @click.group("audit")

@@ -42,6 +42,14 @@ def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: boo
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def emit_outcome(facts: Mapping[str, Any], as_json: bool) -> None:
+    """What a command did: its `outcome` for people, all of `facts` as JSON."""
+    if as_json:
+        emit_json(dict(facts))
+    else:
+        click.echo(facts["outcome"])
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

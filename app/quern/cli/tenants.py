@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from quern.audit.entry import entry, record
-from quern.cli.output import emit, emit_json, fail, json_option
+from quern.cli.output import emit, emit_json, emit_outcome, fail, json_option
 from quern.cli.runtime import open_runtime
 from quern.jobs.queue import transact
 from quern.tenants import keys
@@ -19,7 +19,11 @@ def tenant() -> None:
 
 @tenant.command("create")
 @click.argument("name")
-@click.option("--requests-per-minute", type=click.IntRange(0, 1_000_000), help="For each key; 0: no limit.")
+@click.option(
+    "--requests-per-minute",
+    type=click.IntRange(0, 1_000_000),
+    help="For all of its keys together; 0: no limit. Default: QUERN_REQUESTS_PER_MINUTE.",
+)
 @json_option
 def create_tenant(name: str, requests_per_minute: int | None, as_json: bool) -> None:
     """Make a tenant called NAME, and its first secret key (shown once)."""
@@ -53,7 +57,7 @@ def list_tenants(as_json: bool) -> None:
     )
 
 
-def _suspend(identity: str, suspended: bool) -> None:
+def _suspend(identity: str, suspended: bool, as_json: bool) -> None:
     store = open_runtime().store
 
     def work(session: Any) -> Any:
@@ -65,21 +69,24 @@ def _suspend(identity: str, suspended: bool) -> None:
 
     if transact(store, work) is None:
         fail(f"there is no tenant {identity}; `quern tenant list` shows them")
-    click.echo("suspended: its keys are refused within two seconds" if suspended else "resumed")
+    outcome = "suspended: its keys are refused within two seconds" if suspended else "resumed"
+    emit_outcome({"id": identity, "suspended": suspended, "outcome": outcome}, as_json)
 
 
 @tenant.command("suspend")
 @click.argument("identity")
-def suspend_tenant(identity: str) -> None:
+@json_option
+def suspend_tenant(identity: str, as_json: bool) -> None:
     """Refuse every key of a tenant; nothing is deleted."""
-    _suspend(identity, True)
+    _suspend(identity, True, as_json)
 
 
 @tenant.command("resume")
 @click.argument("identity")
-def resume_tenant(identity: str) -> None:
+@json_option
+def resume_tenant(identity: str, as_json: bool) -> None:
     """Accept a suspended tenant's keys again."""
-    _suspend(identity, False)
+    _suspend(identity, False, as_json)
 
 
 @click.group()
@@ -92,7 +99,11 @@ def key() -> None:
 @click.option("--name", required=True, help="What it is for.")
 @click.option("--publishable", is_flag=True, help="For web pages: can only submit.")
 @click.option("--scope", "scopes", multiple=True, type=click.Choice(sorted(keys.SCOPES)), help="Repeat; default: all.")
-@click.option("--requests-per-minute", type=click.IntRange(0, 1_000_000), help="0: no limit. Default: the tenant's.")
+@click.option(
+    "--requests-per-minute",
+    type=click.IntRange(0, 1_000_000),
+    help="Its own limit; above the tenant's it replaces that, 0: no limit. Default: the tenant's.",
+)
 @json_option
 def create_key(
     tenant_id: str,
@@ -145,7 +156,8 @@ def list_keys(tenant_id: str, as_json: bool) -> None:
 @key.command("revoke")
 @click.option("--tenant", "tenant_id", required=True)
 @click.argument("identity")
-def revoke_key(tenant_id: str, identity: str) -> None:
+@json_option
+def revoke_key(tenant_id: str, identity: str, as_json: bool) -> None:
     """Refuse a key from now on."""
     store = open_runtime().store
 
@@ -157,4 +169,5 @@ def revoke_key(tenant_id: str, identity: str) -> None:
 
     if transact(store, work) is None:
         fail(f"tenant {tenant_id} has no key {identity}; `quern key list --tenant {tenant_id}` shows them")
-    click.echo("revoked: refused everywhere within two seconds")
+    outcome = "revoked: refused everywhere within two seconds"
+    emit_outcome({"id": identity, "revoked": True, "outcome": outcome}, as_json)

@@ -1,5 +1,8 @@
 """The fields of a form, as their author writes them, and the model that checks answers against them."""
 
+import math
+import re
+from collections.abc import Iterator
 from datetime import date
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
@@ -17,11 +20,14 @@ from pydantic import (
     model_validator,
 )
 
+from quern.forms import pattern as patterns
+
 #: A field's name is a key in the database, a column in the warehouse and a part of a JSON pointer.
 NAME: Final = r"^[A-Za-z][A-Za-z0-9_]{0,62}$"
 MAX_DEPTH: Final = 4
 MAX_FIELDS: Final = 500
 _MAX_NUMBER: Final = 1e15
+_DAY: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Label = Annotated[str, StringConstraints(max_length=500)]
@@ -41,19 +47,8 @@ class TextField(_Field):
 
     type: Literal["text"]
     max_length: int = Field(500, ge=1, le=5_000)
-    pattern: Annotated[str, StringConstraints(max_length=200)] | None = None
-    """A regular expression in RE2's safe dialect (linear time); the whole text must match."""
-
-    @model_validator(mode="after")
-    def _pattern_compiles(self) -> "TextField":
-        if self.pattern is not None:
-            try:
-                create_model("Probe", probe=(Annotated[str, Field(pattern=self.pattern)], ...))
-            except Exception:
-                raise ValueError(
-                    "pattern is not a regular expression of the linear-time dialect (no look-around)"
-                ) from None
-        return self
+    pattern: Annotated[str, StringConstraints(max_length=200), AfterValidator(patterns.check)] | None = None
+    """The whole text must match; see `patterns` for the dialect."""
 
 
 class LongTextField(_Field):
@@ -69,6 +64,24 @@ class NumberField(_Field):
     maximum: float | None = Field(None, ge=-_MAX_NUMBER, le=_MAX_NUMBER)
     integer: bool = False
 
+    @model_validator(mode="after")
+    def _can_be_answered(self) -> "NumberField":
+        _in_order(self.minimum, self.maximum, "minimum", "maximum")
+        if self.integer and self.whole_bounds[0] > self.whole_bounds[1]:
+            raise ValueError("there is no whole number between `minimum` and `maximum`")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the greatest answer."""
+        low = -_MAX_NUMBER if self.minimum is None else self.minimum
+        return low, _MAX_NUMBER if self.maximum is None else self.maximum
+
+    @property
+    def whole_bounds(self) -> tuple[int, int]:
+        """The smallest and the greatest whole answer."""
+        return math.ceil(self.bounds[0]), math.floor(self.bounds[1])
+
 
 class Option(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,20 +90,41 @@ class Option(BaseModel):
     label: Label = ""
 
 
+def _options_differ(options: list[Option]) -> list[Option]:
+    values = [option.value for option in options]
+    if len(set(values)) != len(values):
+        raise ValueError("the options' values must differ")
+    return options
+
+
+def _in_order(low: Any, high: Any, low_name: str, high_name: str) -> None:
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"expected `{low_name}` to be at most {high_name}")
+
+
+Options = Annotated[list[Option], Field(min_length=1, max_length=500), AfterValidator(_options_differ)]
+
+
 class ChoiceField(_Field):
     """One of some options."""
 
     type: Literal["choice"]
-    options: list[Option] = Field(min_length=1, max_length=500)
+    options: Options
 
 
 class MultipleChoiceField(_Field):
     """Any of some options, each at most once."""
 
     type: Literal["multiple_choice"]
-    options: list[Option] = Field(min_length=1, max_length=500)
+    options: Options
     min_chosen: int = Field(0, ge=0, le=500)
     max_chosen: int | None = Field(None, ge=1, le=500)
+
+    @model_validator(mode="after")
+    def _can_be_answered(self) -> "MultipleChoiceField":
+        most = len(self.options) if self.max_chosen is None else self.max_chosen
+        _in_order(self.min_chosen, min(most, len(self.options)), "min_chosen", "max_chosen, and the number of options")
+        return self
 
 
 class EmailField(_Field):
@@ -103,6 +137,11 @@ class DateField(_Field):
     type: Literal["date"]
     earliest: date | None = None
     latest: date | None = None
+
+    @model_validator(mode="after")
+    def _can_be_answered(self) -> "DateField":
+        _in_order(self.earliest, self.latest, "earliest", "latest")
+        return self
 
 
 class RatingField(_Field):
@@ -126,11 +165,6 @@ class GroupField(_Field):
     repeated: bool = False
     max_items: int = Field(20, ge=1, le=200)
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> "GroupField":
-        check_names(self.fields)
-        return self
-
 
 AnyField = Annotated[
     TextField
@@ -148,23 +182,59 @@ AnyField = Annotated[
 GroupField.model_rebuild()
 
 
-def check_names(fields: list[Any]) -> None:
-    """Raises ValueError when two fields of one group share a name, or for too many or too deeply nested ones."""
-    names = [field.name for field in fields]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"field names must differ; found twice: {', '.join(twice)}")
-    if _depth(fields) > MAX_DEPTH:
-        raise ValueError(f"groups may nest {MAX_DEPTH - 1} deep")
-    if _count(fields) > MAX_FIELDS:
-        raise ValueError(f"a form may have {MAX_FIELDS} fields")
+def _bounded(value: Any) -> Any:
+    """Refuse a definition that is too large before anything is made of it. Raises ValueError."""
+    layer, count = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        inner = [part for part in layer if isinstance(part, list)]
+        fields = [field for part in inner for field in part]
+        count += len(fields)
+        if count > MAX_FIELDS:
+            raise ValueError(f"a form may have {MAX_FIELDS} fields, groups and their fields included")
+        layer = [field["fields"] for field in fields if isinstance(field, dict) and "fields" in field]
+        if not layer:
+            return value
+    raise ValueError(f"groups may nest {MAX_DEPTH - 1} deep")
 
 
-def _depth(fields: list[Any]) -> int:
-    return 1 + max((_depth(field.fields) for field in fields if isinstance(field, GroupField)), default=0)
+def _sound(fields: list[Any]) -> list[Any]:
+    """Fields of one form whose names differ, group by group, and whose patterns together are not too large."""
+    for group in _groups(fields):
+        names = [field.name for field in group]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"field names must differ; found twice: {', '.join(twice)}")
+    if _pattern_weight(fields) > patterns.MAX_WEIGHT:
+        raise ValueError(
+            f"the form's patterns are too large together; their size may be {patterns.MAX_WEIGHT}, "
+            "and a repeated group's counts for each of its items"
+        )
+    return fields
 
 
-def _count(fields: list[Any]) -> int:
-    return sum(1 + (_count(field.fields) if isinstance(field, GroupField) else 0) for field in fields)
+def _groups(fields: list[Any]) -> Iterator[list[Any]]:
+    yield fields
+    for field in fields:
+        if isinstance(field, GroupField):
+            yield from _groups(field.fields)
+
+
+def _pattern_weight(fields: list[Any]) -> int:
+    total = 0
+    for field in fields:
+        if isinstance(field, TextField) and field.pattern is not None:
+            total += patterns.weight(field.pattern)
+        elif isinstance(field, GroupField):
+            total += _pattern_weight(field.fields) * (field.max_items if field.repeated else 1)
+    return total
+
+
+Fields = Annotated[
+    list[AnyField],
+    Field(min_length=1, max_length=MAX_FIELDS),
+    BeforeValidator(_bounded, json_schema_input_type=list[AnyField]),
+    AfterValidator(_sound),
+]
+"""All the fields of a form."""
 
 
 class _Answers(BaseModel):
@@ -192,7 +262,9 @@ def _annotation(field: Any, name: str) -> Any:
                 str,
                 BeforeValidator(_without_nul),
                 Field(
-                    min_length=1 if field.required else 0, max_length=field.max_length, pattern=_anchored(field.pattern)
+                    min_length=1 if field.required else 0,
+                    max_length=field.max_length,
+                    pattern=patterns.anchored(field.pattern) if field.pattern else None,
                 ),
                 AfterValidator(_one_line),
             ]
@@ -203,9 +275,8 @@ def _annotation(field: Any, name: str) -> Any:
                 Field(min_length=1 if field.required else 0, max_length=field.max_length),
             ]
         case NumberField():
-            low = -_MAX_NUMBER if field.minimum is None else field.minimum
-            high = _MAX_NUMBER if field.maximum is None else field.maximum
-            return Annotated[int, Field(ge=low, le=high)] if field.integer else Annotated[float, Field(ge=low, le=high)]
+            kind, bounds = (int, field.whole_bounds) if field.integer else (float, field.bounds)
+            return Annotated[kind, Field(ge=bounds[0], le=bounds[1])]
         case ChoiceField():
             return Literal[tuple(option.value for option in field.options)]
         case MultipleChoiceField():
@@ -231,10 +302,6 @@ def _annotation(field: Any, name: str) -> Any:
     raise TypeError(f"no rule for {type(field).__name__}")
 
 
-def _anchored(pattern: str | None) -> str | None:
-    return f"^(?:{pattern})$" if pattern else None
-
-
 def _without_nul(value: Any) -> Any:
     if isinstance(value, str) and "\x00" in value:
         raise ValueError("a NUL character is not text")
@@ -254,9 +321,13 @@ def _each_once(value: list[str]) -> list[str]:
 
 
 def _iso_day(value: Any) -> Any:
-    if not isinstance(value, str) or len(value) != 10:
+    # Alone, fromisoformat also takes a day of a week (2026-W01-1).
+    if not isinstance(value, str) or not _DAY.fullmatch(value):
         raise ValueError("expected a day as YYYY-MM-DD")
-    return date.fromisoformat(value) if value.isascii() else value
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise ValueError("there is no such day") from None
 
 
 class FormDefinition(BaseModel):
@@ -264,12 +335,7 @@ class FormDefinition(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fields: list[AnyField] = Field(min_length=1, max_length=MAX_FIELDS)
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> "FormDefinition":
-        check_names(self.fields)
-        return self
+    fields: Fields
 
 
 def check_answers(model: type[BaseModel], answers: Any) -> dict[str, Any]:
@@ -281,15 +347,44 @@ def check_answers(model: type[BaseModel], answers: Any) -> dict[str, Any]:
     return model.model_validate(answers).model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def pointer(location: tuple[int | str, ...]) -> str:
-    """A JSON pointer (RFC 6901) to a fault's place."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in location)
+def pointer(location: tuple[int | str, ...], value: Any, missing: bool = False) -> str:
+    """A JSON pointer (RFC 6901) to a fault's place in `value`, from where pydantic found it.
+
+    pydantic's place also names the branch of a union that it tried (`fields, 0, text, label`), which is no part of
+    what the client sent. Where a member is `missing`, its name is kept.
+    """
+    parts: list[str] = []
+    for position, part in enumerate(location):
+        try:
+            value = _member(value, part)
+        except LookupError:
+            if not (missing and position == len(location) - 1):
+                continue
+        parts.append("/" + str(part).replace("~", "~0").replace("/", "~1"))
+    return "".join(parts)
 
 
-@lru_cache(maxsize=512)
+def _member(value: Any, part: int | str) -> Any:
+    if isinstance(value, dict):
+        return value[part]
+    if isinstance(value, list) and isinstance(part, int):
+        return value[part]
+    raise LookupError(part)
+
+
+@lru_cache(maxsize=128)
 def compiled(definition: str) -> type[BaseModel]:
     """The answers' model of a definition given as JSON; kept, since compiling one costs milliseconds."""
     return answers_model(list(FormDefinition.model_validate_json(definition).fields))
 
 
-__all__ = ["AnyField", "FormDefinition", "ValidationError", "answers_model", "check_answers", "compiled", "pointer"]
+__all__ = [
+    "AnyField",
+    "Fields",
+    "FormDefinition",
+    "ValidationError",
+    "answers_model",
+    "check_answers",
+    "compiled",
+    "pointer",
+]

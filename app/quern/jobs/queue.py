@@ -149,11 +149,13 @@ def settle(
     result: dict[str, Any] | None = None,
     error: str | None = None,
     fence: Document | None = None,
+    session: ClientSession | None = None,
 ) -> Opened:
     """End a job: its state, its result and all that follows, in one transaction.
 
     Args:
         fence: what must still hold of the job; by default that this worker's lease does.
+        session: the caller's transaction, if it has one; it then opens what is returned after its commit.
 
     Returns:
         The work that became ready, already opened: the queues to wake.
@@ -186,6 +188,8 @@ def settle(
         _skip(db, followup.skip, now, session)
         return followup, opened
 
+    if session is not None:
+        return write(session)[1]
     needs_transaction = handler is not None and handler.on_end is not None
     _, opened = transact(store, write) if needs_transaction else write(None)
     turns.open_many(db, opened)
@@ -264,8 +268,8 @@ class NotPossibleError(Exception):
     """The job's state does not allow what was asked; the text says which state and what is allowed."""
 
 
-def get(db: Db, tenant: str, job_id: str) -> Document | None:
-    return db.jobs.find_one({"_id": job_id, "tenant": tenant})
+def get(db: Db, tenant: str, job_id: str, session: ClientSession | None = None) -> Document | None:
+    return db.jobs.find_one({"_id": job_id, "tenant": tenant}, session=session)
 
 
 def listing(
@@ -282,14 +286,19 @@ def listing(
     return list(db.jobs.find(query).sort("_id", -1).limit(limit))
 
 
-def cancel(store: Store, registry: Registry, tenant: str, job_id: str) -> Document | None:
+def cancel(
+    store: Store, registry: Registry, tenant: str, job_id: str, session: ClientSession | None = None
+) -> tuple[Document, Opened] | None:
     """End a waiting job at once; ask the worker of a running one to stop. None: no such job of this tenant.
+
+    Returns the job and the work that its end made ready. Inside the caller's transaction (`session`) the caller opens
+    and wakes that after its commit; if it dies in between, the reconciler does.
 
     Raises:
         NotPossibleError: the job has ended.
     """
     for _ in range(10):
-        document = get(store.db, tenant, job_id)
+        document = get(store.db, tenant, job_id, session)
         if document is None:
             return None
         state = State(document["state"])
@@ -297,19 +306,27 @@ def cancel(store: Store, registry: Registry, tenant: str, job_id: str) -> Docume
             raise NotPossibleError(f"the job is {state.value}; only a waiting or running job can be cancelled")
         if state is State.RUNNING:
             asked = {"_id": job_id, "state": State.RUNNING.value}
-            if store.db.jobs.update_one(asked, {"$set": {"cancel": True}}).matched_count:
-                return get(store.db, tenant, job_id)
+            after = store.db.jobs.find_one_and_update(
+                asked, {"$set": {"cancel": True}}, return_document=ReturnDocument.AFTER, session=session
+            )
+            if after is not None:
+                return after, []
             continue
+        job, fence = Job.from_document(document), {"state": state.value}
         try:
-            settle(store, registry, Job.from_document(document), State.CANCELLED, fence={"state": state.value})
+            opened = settle(store, registry, job, State.CANCELLED, fence=fence, session=session)
         except LeaseLostError:
             continue
-        return get(store.db, tenant, job_id)
+        after = get(store.db, tenant, job_id, session)
+        return (after, opened) if after is not None else None
     raise NotPossibleError("the job keeps changing its state; try again")
 
 
-def replay(store: Store, tenant: str | None, job_id: str) -> Document | None:
+def replay(store: Store, tenant: str | None, job_id: str, session: ClientSession | None = None) -> Document | None:
     """Queue a dead job again with a clean record of failures. None: no such job.
+
+    Inside the caller's transaction (`session`) the caller opens the job's turn after its commit (`opening`); if it
+    dies in between, the reconciler does.
 
     Raises:
         NotPossibleError: the job is not dead, or what it worked on was erased.
@@ -332,16 +349,23 @@ def replay(store: Store, tenant: str | None, job_id: str) -> Document | None:
             {"$unset": ["ended", "error", "deadline"]},
         ],
         return_document=ReturnDocument.AFTER,
+        session=session,
     )
     if document is None:
-        found = store.db.jobs.find_one({"_id": job_id, **owner}, {"state": 1, "erased": 1})
+        found = store.db.jobs.find_one({"_id": job_id, **owner}, {"state": 1, "erased": 1}, session=session)
         if found is None:
             return None
         if "erased" in found:
             raise NotPossibleError("what the job worked on was erased; there is nothing left to run it on")
         raise NotPossibleError(f"the job is {found['state']}; only a dead job can be replayed")
-    turns.open_many(store.db, [(document["queue"], document["priority"], document["tenant"], now)])
+    if session is None:
+        turns.open_many(store.db, opening(document))
     return document
+
+
+def opening(document: Document) -> Opened:
+    """What `turns.open_many` must be told of a queued job."""
+    return [(document["queue"], document["priority"], document["tenant"], document["due"])]
 
 
 def depth(db: Db) -> dict[str, dict[str, int]]:

@@ -24,13 +24,18 @@ class MailSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field(min_length=1, max_length=253, description="Name of the relay, as its certificate has it")
+    host: str = Field(
+        min_length=1,
+        max_length=253,
+        description="Name of the relay, as its certificate has it",
+        examples=["smtp.example.org"],
+    )
     port: int = Field(587, ge=1, le=65_535)
     tls: TLSMode = TLSMode.STARTTLS
     ca_file: Path | None = Field(None, description="PEM file of authorities to trust besides the system's")
     username: str | None = None
     password: SecretStr | None = None
-    from_address: Address = Field(description="Address in From and in the envelope, such as forms@example.com")
+    from_address: Address = Field(description="Address in From and in the envelope", examples=["forms@example.org"])
     from_name: str = Field("", max_length=100)
     timeout_seconds: float = Field(30.0, gt=0, le=300, description="Bound of each exchange with the relay")
     max_recipients: int = Field(20, ge=1, le=100, description="Recipients of one message")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymongo.errors import DuplicateKeyError
+from pymongo.read_concern import ReadConcern
 
 from quern.audit.entry import canonical, content_key, content_mac, entry
 from quern.observe import metrics
@@ -17,8 +18,8 @@ from quern.store.connection import Db, Document
 from quern.tenants.keys import Principal
 
 
-class AnotherBodyError(Exception):
-    """The idempotency key was used before with another body."""
+class SubmittedBeforeError(Exception):
+    """A response was, or is being, submitted with the same idempotency key; `submitted` gives it once it is durable."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,17 @@ class Submission:
     request_id: str
     traceparent: str
     idempotency_key: str | None
+    fingerprint: str
+    """Of the request, see `fingerprint`."""
 
 
-def accept(db: Db, submission: Submission) -> tuple[Document, bool]:
-    """Keep a response, so that it survives a power cut; returns its document and whether it was new.
+def accept(db: Db, submission: Submission) -> Document:
+    """Keep a response, so that it survives a power cut; returns its document.
 
-    With an idempotency key the identifier is derived from tenant, form and key, so the insert itself is the check:
-    the same key with the same answers gives the response made before.
+    With an idempotency key the identifier is derived from tenant, form and key, so the insert itself is the check.
 
     Raises:
-        AnotherBodyError: the same key came with other answers.
+        SubmittedBeforeError: the same key came before.
     """
     principal, now = submission.principal, clock.now()
     key = content_key()
@@ -82,13 +84,19 @@ def accept(db: Db, submission: Submission) -> tuple[Document, bool]:
         },
     }
     if submission.idempotency_key is not None:
-        document["fingerprint"] = fingerprint(submission.answers, submission.version)
+        document["fingerprint"] = submission.fingerprint
     try:
         db.responses.insert_one(document)
     except DuplicateKeyError:
-        return _same_again(db, document), False
+        raise SubmittedBeforeError(response) from None
     metrics.ACCEPTED.inc()
-    return document, True
+    return document
+
+
+def submitted(db: Db, tenant: str, form: str, idempotency_key: str) -> Document | None:
+    """The response that was submitted with a key, if it would survive a power cut by now."""
+    durable = db.responses.with_options(read_concern=ReadConcern("majority"))
+    return durable.find_one({"_id": identity(tenant, form, idempotency_key), "tenant": tenant})
 
 
 def identity(tenant: str, form: str, idempotency_key: str) -> str:
@@ -96,13 +104,6 @@ def identity(tenant: str, form: str, idempotency_key: str) -> str:
     return identifier.derived("rsp", tenant, form, idempotency_key)
 
 
-def fingerprint(answers: Any, version: int) -> str:
-    """What makes two submissions the same: their answers and the version they were filled in for."""
+def fingerprint(answers: Any, version: int | None) -> str:
+    """What makes two submissions the same: the answers as they were sent, and the version that was named with them."""
     return hashlib.sha256(canonical([answers, version])).hexdigest()
-
-
-def _same_again(db: Db, document: Document) -> Document:
-    found = db.responses.find_one({"_id": document["_id"], "tenant": document["tenant"]})
-    if found is None or found.get("fingerprint") != document.get("fingerprint"):
-        raise AnotherBodyError(document["_id"])
-    return found

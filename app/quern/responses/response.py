@@ -24,6 +24,8 @@ INDEXES = {
     ],
 }
 
+_STREAM_PAGE = 200
+
 #: What leaves the database for a client; the outbox and the audit key never do.
 _SHOWN = {"outbox": 0, "unrelayed": 0, "audit_key": 0, "fingerprint": 0}
 
@@ -74,8 +76,16 @@ def listing(db: Db, tenant: str, where: Filter, *, after: list[str] | None, limi
 
 
 def stream(db: Db, tenant: str, where: Filter) -> Iterator[Document]:
-    """Every response, oldest first, a batch at a time."""
-    yield from db.responses.find(where.query(tenant), _SHOWN).sort([("created", 1), ("_id", 1)]).batch_size(200)
+    """Every response, oldest first, a page at a time: no cursor stays open while a slow client reads."""
+    query = where.query(tenant)
+    while True:
+        rows = list(db.responses.find(query, _SHOWN).sort([("created", 1), ("_id", 1)]).limit(_STREAM_PAGE))
+        yield from rows
+        if len(rows) < _STREAM_PAGE:
+            return
+        at, last = rows[-1]["created"], rows[-1]["_id"]
+        query["$or"] = [{"created": {"$gt": at}}, {"created": at, "_id": {"$gt": last}}]
+        query["created"] = {**query.get("created", {}), "$gte": at}
 
 
 def erase(

@@ -18,6 +18,7 @@ from pymongo.client_session import ClientSession
 
 from quern.store import clock, identifier
 from quern.store.connection import Db, Document
+from quern.tenants.limit import Limit
 
 Kind = Literal["secret", "publishable"]
 
@@ -51,8 +52,13 @@ class Principal:
     tenant: str
     key: str
     scopes: frozenset[str]
-    requests_per_minute: int
+    limits: tuple[Limit, ...]
+    """What its requests count against; empty: no limit."""
+    own_requests_per_minute: int | None
+    """The key's own limit; None: only its tenant's."""
+    tenant_requests_per_minute: int
     """0: no limit."""
+    expires: datetime | None
 
 
 class UnknownScopeError(ValueError):
@@ -122,6 +128,12 @@ def revoke(db: Db, tenant: str, key: str, session: ClientSession | None = None) 
     )
 
 
+def token(header: str | None) -> str:
+    """The key in an `Authorization: Bearer` header; empty when there is none."""
+    scheme, _, found = (header or "").partition(" ")
+    return found.strip() if scheme.lower() == "bearer" else ""
+
+
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
@@ -143,16 +155,11 @@ class Authenticator:
 
     def __call__(self, db: Db, header: str | None) -> Principal | None:
         """The principal behind `Bearer qrn_…`, or None when the key is missing, wrong, revoked, expired or orphaned."""
-        scheme, _, token = (header or "").partition(" ")
-        parts = token.strip().split("_", 3)
-        if (
-            scheme.lower() != "bearer"
-            or len(parts) != 4
-            or parts[0] != "qrn"
-            or not identifier.is_valid("key_" + parts[2], "key")
-        ):
+        whole = token(header)
+        parts = whole.split("_", 3)
+        if len(parts) != 4 or parts[0] != "qrn" or not identifier.is_valid("key_" + parts[2], "key"):
             return None
-        fingerprint = hashlib.sha256(token.encode()).digest()
+        fingerprint = hashlib.sha256(whole.encode()).digest()
         kept = self._kept.get(fingerprint)
         if kept and time.monotonic() - kept[0] < self.TTL:
             return kept[1]
@@ -180,6 +187,29 @@ class Authenticator:
         last = document["last_used"]
         if last is None or now - last >= _LAST_USED_EVERY:
             db.keys.update_one({"_id": key}, {"$set": {"last_used": now}})
-        limits = (document["requests_per_minute"], tenant.get("requests_per_minute"), self._default)
-        limit = next(value for value in limits if value is not None)
-        return Principal(document["tenant"], key, frozenset(document["scopes"]), limit)
+        own, of_tenant = document["requests_per_minute"], tenant.get("requests_per_minute")
+        shared = self._default if of_tenant is None else of_tenant
+        return Principal(
+            document["tenant"],
+            key,
+            frozenset(document["scopes"]),
+            limits_of(document["tenant"], key, own, shared),
+            own,
+            shared,
+            document["expires"],
+        )
+
+
+def limits_of(tenant: str, key: str, own: int | None, shared: int) -> tuple[Limit, ...]:
+    """What a key's requests count against.
+
+    All keys of a tenant share the tenant's limit. A key with a smaller one of its own (`own`) counts against both. One
+    with a greater one counts against that alone, and with 0 against nothing: only the operator can give these.
+    """
+    tenants = (Limit("tenant", tenant, shared),) if shared else ()
+    if own is None:
+        return tenants
+    if own == 0:
+        return ()
+    mine = Limit("key", key, own)
+    return (mine, *tenants) if own <= shared else (mine,)

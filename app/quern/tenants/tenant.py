@@ -9,7 +9,7 @@ from quern.store.connection import Db, Document
 def create(
     db: Db, name: str, *, requests_per_minute: int | None = None, session: ClientSession | None = None
 ) -> Document:
-    """Make a tenant. `requests_per_minute`: the limit of each of its keys; None: the appliance's default; 0: none."""
+    """Make a tenant. `requests_per_minute`: of all its keys together; None: the appliance's default; 0: no limit."""
     document: Document = {
         "_id": identifier.new("ten"),
         "name": name,
