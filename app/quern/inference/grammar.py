@@ -36,6 +36,8 @@ number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]{1,16})? ([eE] [-+]? [0-
 space ::= | " " | "\n" [ \t]{0,20}
 """
 
+#: What may stand in a JSON string. The converter's own rule lets line breaks through, which JSON does not.
+_CHARACTER = r'''[^"\\\x7F\x00-\x1F] | [\\] (["\\bfnrt] | "u" [0-9a-fA-F]{4})'''
 #: The binding ships without types.
 _CONVERTER: Any = SchemaConverter
 _Validator: Any = extend(  # type: ignore[no-untyped-call]
@@ -96,6 +98,8 @@ def grammar_for(schema: dict[str, Any]) -> str:
     converter: Any = _CONVERTER(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
     try:
         converter.visit(converter.resolve_refs(own, ""), "")
+        if "char" in converter._rules:
+            converter._rules["char"] = _CHARACTER
         text = converter.format_grammar()
     except RecursionError as error:
         raise SchemaRefusedError("the schema has no grammar: it refers to itself without end") from error

@@ -74,10 +74,24 @@ class RunningEngine:
 
         _wait_until(ready, "the engine to be ready")
 
+    def answers(self) -> bool:
+        """Whether anybody listens."""
+        try:
+            self.client.health()
+        except EngineUnavailable:
+            return False
+        return True
+
+    def has_model_process(self) -> bool:
+        """Whether there is a model process."""
+        return bool(self._children())
+
+    def _children(self) -> list[str]:
+        return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="ascii").split()
+
     def model_process(self) -> int:
         """The process id of the model process."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="ascii")
-        return int(children.split()[0])
+        return int(self._children()[0])
 
     def order(self, action: str, text: str = "") -> None:
         """Order a fault."""
@@ -91,14 +105,20 @@ class RunningEngine:
 
 
 @contextlib.contextmanager
-def _running_engine(**settings: str) -> Iterator[RunningEngine]:
-    with tempfile.TemporaryDirectory(prefix="qe-") as folder:
+def _launched_engine(**settings: str) -> Iterator[RunningEngine]:
+    with tempfile.TemporaryDirectory(prefix="qe-", dir="/tmp") as folder:
         engine = RunningEngine(Path(folder), **settings)
         try:
-            engine.wait_ready()
             yield engine
         finally:
             engine.stop()
+
+
+@contextlib.contextmanager
+def _running_engine(**settings: str) -> Iterator[RunningEngine]:
+    with _launched_engine(**settings) as engine:
+        engine.wait_ready()
+        yield engine
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +171,12 @@ def wait_until() -> Callable[[Callable[[], bool], str], None]:
 def in_threads() -> Callable[[list[Callable[[], object]]], list[object]]:
     """Run calls at once."""
     return _in_threads
+
+
+@pytest.fixture
+def launch_engine(models_dir: Path) -> Callable[..., contextlib.AbstractContextManager[RunningEngine]]:
+    """As `start_engine`, without waiting for the models."""
+    return _launched_engine
 
 
 @pytest.fixture
