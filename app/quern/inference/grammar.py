@@ -37,7 +37,7 @@ space ::= | " " | "\n" [ \t]{0,20}
 """
 
 #: What may stand in a JSON string. The converter's own rule lets line breaks through, which JSON does not.
-_CHARACTER = r'''[^"\\\x7F\x00-\x1F] | [\\] (["\\bfnrt] | "u" [0-9a-fA-F]{4})'''
+_CHARACTER = r"""[^"\\\x7F\x00-\x1F] | [\\] (["\\bfnrt] | "u" [0-9a-fA-F]{4})"""
 #: The binding ships without types.
 _CONVERTER: Any = SchemaConverter
 _Validator: Any = extend(  # type: ignore[no-untyped-call]

@@ -8,6 +8,8 @@ the time: a bandit with few arms, kept apart by the step's size. Pure bookkeepin
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 #: Steps between two tries of what is not best now; doubled with each try that changes nothing.
@@ -30,31 +32,43 @@ class _Size:
     try_next: bool = False
 
 
+def free_cores() -> int:
+    """Cores that nobody wants at this moment, this thread's own among them."""
+    with open("/proc/loadavg", encoding="ascii") as file:  # noqa: PTH123 - read before each step
+        runnable = int(file.read().split()[3].split("/")[0])
+    return (os.cpu_count() or 1) - runnable + 1
+
+
 class ThreadPace:
     """Chooses among thread counts.
 
     Args:
-        choices: thread counts, the one for a quiet machine first.
+        choices: thread counts, most first.
+        free: how many cores are free now; more threads than that are not tried, as a failed try may take seconds.
     """
 
-    def __init__(self, choices: tuple[int, ...]) -> None:
-        self._choices = choices
+    def __init__(self, choices: tuple[int, ...], free: Callable[[], int] = free_cores) -> None:
+        self._choices, self._free = choices, free
         self._sizes: dict[int, _Size] = {}
-        self._latest_best = choices[0]
+        self._latest_best: int | None = None
 
     def choose(self, tokens: int) -> int:
         """The thread count for a step of this many tokens."""
         if len(self._choices) == 1:
             return self._choices[0]
         size = self._sizes.setdefault(tokens.bit_length(), _Size())
+        free = self._free()
+        if free <= 0:
+            return self._choices[-1]
+        fitting = [choice for choice in self._choices if choice <= free] or [self._choices[-1]]
         if size.best is None:
-            return self._latest_best
-        unknown = [choice for choice in self._choices if choice not in size.seconds]
+            return self._latest_best if self._latest_best in fitting else fitting[0]
+        unknown = [choice for choice in fitting if choice not in size.seconds]
         if unknown:
             return unknown[0]
         size.since_try += 1
-        if size.try_next or size.since_try >= size.interval:
-            others = [choice for choice in self._choices if choice != size.best]
+        others = [choice for choice in fitting if choice != size.best]
+        if others and (size.try_next or size.since_try >= size.interval):
             size.turn += 1
             return others[size.turn % len(others)]
         return size.best

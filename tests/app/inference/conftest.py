@@ -152,7 +152,7 @@ def options() -> BackendOptions:
 @pytest.fixture(scope="session")
 def engine(models_dir: Path) -> Iterator[RunningEngine]:
     """An engine that several tests share; faults may be ordered of it."""
-    with _running_engine(allow_fault_injection="true", step_timeout="5", context="6144") as running:
+    with _running_engine(allow_fault_injection="true", step_timeout="20", context="6144") as running:
         yield running
 
 
