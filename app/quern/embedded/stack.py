@@ -114,7 +114,7 @@ class Stack:
             [sys.executable, "-m", "quern.cli.main", *arguments],
             log=self.directory / f"{name}.log",
             ready=ready,
-            environment=self.environment,
+            environment={"QUERN_METRICS_BIND": f"unix:{self._socket(f'metrics-{name}')}", **self.environment},
             directory=self.directory,
         )
         process.start(wait=False)
@@ -124,11 +124,12 @@ class Stack:
         return self.directory / f"{name}.sock"
 
     def _serves(self, name: str) -> bool:
+        # `settings` may have moved it from its socket to a port.
+        bind = self.environment[f"QUERN_{name.upper()}_BIND"]
+        socket, host = (bind.removeprefix("unix:"), "localhost") if bind.startswith("unix:") else (None, bind)
         try:
-            with httpcore2.ConnectionPool(uds=str(self._socket(name))) as pool:
-                return (
-                    pool.request("GET", "http://localhost/healthz", extensions={"timeout": {"read": 2.0}}).status == 200
-                )
+            with httpcore2.ConnectionPool(uds=socket) as pool:
+                return pool.request("GET", f"http://{host}/healthz", extensions={"timeout": {"read": 2.0}}).status == 200
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException):
             return False
 
