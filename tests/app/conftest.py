@@ -9,13 +9,21 @@ from typing import Any
 
 import hypothesis
 import pytest
+from cryptography.fernet import Fernet
+from pydantic import SecretStr
 from pymongo import MongoClient
 from pymongo.database import Database
 
+from quern.config import LiveSettings, Settings
 from quern.embedded.mongod import Mongod
 from quern.embedded.receiver import Receiver
 from quern.embedded.redis_server import RedisServer
 from quern.embedded.smtp_sink import SmtpSink
+from quern.migrations import migrate
+from quern.store.connection import Store
+from quern.embedded.stack import temporary_stack
+from tests.app.api.client import Client, House
+from tests.app.observe.collector import Collector
 
 # The same examples in every run, and no limit on the time of one: a busy machine must not fail a test.
 hypothesis.settings.register_profile("quern", derandomize=True, deadline=None)
@@ -71,6 +79,35 @@ def redis_queue(session_directory: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
+def settings(mongod: Mongod, redis_queue: RedisServer) -> Settings:
+    """Of a service on the session's own stores."""
+    return Settings(
+        mongodb_uri=SecretStr(mongod.uri),
+        mongodb_database="quern_tests",
+        redis_queue_url=SecretStr(redis_queue.url),
+        secret_keys=SecretStr(Fernet.generate_key().decode()),
+        audit_key=SecretStr(secrets.token_hex(32)),
+    )
+
+
+@pytest.fixture(scope="session")
+def migrated_store(settings: Settings) -> Store:
+    """A database with every index, made once: `store` is what a test asks for."""
+    store = Store(LiveSettings(settings))
+    migrate(store.db)
+    return store
+
+
+@pytest.fixture
+def store(migrated_store: Store) -> Store:
+    """A migrated database without a document in it."""
+    for name in migrated_store.db.list_collection_names(filter={"type": "collection"}):
+        if not name.startswith("system."):
+            migrated_store.db[name].delete_many({})
+    return migrated_store
+
+
+@pytest.fixture(scope="session")
 def redis_cache(session_directory: Path) -> Iterator[RedisServer]:
     """The session's forgetful Redis."""
     with RedisServer(session_directory / "cache", role="cache") as server:
@@ -89,3 +126,28 @@ def receiver() -> Iterator[Receiver]:
     """A plain HTTP server that records and answers by script."""
     with Receiver() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Receives the spans of the session's stack."""
+    with Collector() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def house(collector: Collector) -> Iterator[House]:
+    """All of Quern but the engine, behind nginx, one for the whole session. A test that stops a part starts it again."""
+    settings = {
+        "QUERN_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "300",
+        "QUERN_JOB__BACKOFF_BASE": "0.5",
+    }
+    with temporary_stack(with_engine=False, settings=settings) as stack:
+        yield House(stack)
+
+
+@pytest.fixture
+def owner(house: House) -> Client:
+    """A new tenant without a limit, by a key with every scope."""
+    return house.client()
