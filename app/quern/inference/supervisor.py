@@ -32,19 +32,21 @@ from quern.inference.protocol import (
     EmbedRequest,
     ErrorEvent,
     ErrorKind,
+    FaultRequest,
     GenerateRequest,
     Health,
+    PurgeRequest,
     QueuedEvent,
     ResultEvent,
     ServedModel,
+    StatsRequest,
     TokenEvent,
 )
 from quern.inference.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-#: A request is given up when it was in the step at this many deaths, by whether the process died of itself.
-STRIKES_OF_ITSELF = 2
+#: A request that ran alone is given up after this many deaths from outside; of a death of itself one is enough.
 STRIKES_FROM_OUTSIDE = 6
 #: Pauses between starts that fail, in seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0
@@ -52,6 +54,9 @@ WATCH_INTERVAL = 0.5
 #: How long after its deadline a request that the model process says nothing of is given up.
 DEADLINE_GRACE = 2.0
 REPORT_LIMIT = 64 * 1024 * 1024
+
+#: Requests that enter no native code, and so need not wait while a suspect runs alone.
+_ASIDE = (StatsRequest, PurgeRequest, FaultRequest)
 
 Event = QueuedEvent | TokenEvent | ResultEvent | ErrorEvent
 
@@ -67,7 +72,6 @@ class Pending:
     seed: int
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     at_work: bool = False
-    died_of_itself: int = 0
     killed: int = 0
     sent_tokens: list[int] = field(default_factory=list)
     ended: bool = False
@@ -87,6 +91,7 @@ class Supervisor:
         self._record_descriptor = steprecord.create()
         self._record = steprecord.StepRecord(self._record_descriptor)
         self._health = Health(status="starting")
+        self._was_ready = False
         self._seconds_each = 0.5
         self._last_end = 0.0
         self._faults: list[dict[str, Any]] = []
@@ -147,7 +152,7 @@ class Supervisor:
         self._pending[pending.number] = pending
         if isinstance(body, GenerateRequest) and (ahead := self._ahead_of(pending)) > 0:
             pending.events.put_nowait(QueuedEvent(ahead=ahead))
-        if not self._suspects and self._alone is None:
+        if isinstance(body, _ASIDE) or (not self._suspects and self._alone is None):
             self._give(pending)
         return pending
 
@@ -190,17 +195,15 @@ class Supervisor:
         pause = FIRST_PAUSE
         try:
             while True:
-                started = time.monotonic()
+                self._was_ready = False
                 try:
                     checked = await self._check_models()
                 except (registry.ModelFileError, registry.UnknownModelError) as error:
                     self._fail(str(error))
                 else:
                     await self._run_process(checked)
-                if time.monotonic() - started > 10 * LONGEST_PAUSE or self._health.status == "ready":
+                if self._was_ready:
                     pause = FIRST_PAUSE
-                if self._health.status == "ready":
-                    self._health = Health(status="starting", detail="the model process died and is being started again")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
         finally:
@@ -313,6 +316,7 @@ class Supervisor:
         kind = report["report"]
         if kind == "ready":
             self._health = Health(status="ready")
+            self._was_ready = True
             log.info("the models are loaded", extra={"models": [model.name for model in self.models.values()]})
             for fault in self._faults:
                 self._send({"command": "request", "request": 0, "body": fault})
@@ -345,28 +349,30 @@ class Supervisor:
 
     def _bury(self, code: int) -> None:
         """Sort the requests of a dead process into suspects and the others."""
-        of_itself = code != -signal.SIGKILL
-        at_work = frozenset().union(*(entry.requests for entry in self._record.read()))
+        # First, so that nothing that ends here has anything given to a process that is gone.
+        self._health = Health(status="starting", detail="the model process died and is being started again")
+        at_work = frozenset[int]().union(*(entry.requests for entry in self._record.read()))
         self.counters["crashes_total"] += 1
         log.error(
-            "the model process died", extra={"exit_code": code, "in_step": len(at_work), "pending": len(self._pending)}
+            "the model process died",
+            extra={"exit_code": code, "in_step": len(at_work), "pending": len(self._pending)},
         )
         alone, self._alone = self._alone, None
         for pending in list(self._pending.values()):
-            was_in_step = pending.number in at_work or pending is alone
             pending.at_work = False
-            if not was_in_step:
-                continue
-            pending.died_of_itself += of_itself
-            pending.killed += not of_itself
-            if pending.died_of_itself >= STRIKES_OF_ITSELF or pending.killed >= STRIKES_FROM_OUTSIDE:
-                self.counters["given_up_total"] += 1
-                deaths = pending.died_of_itself + pending.killed
-                message = f"the model process died {deaths} times while it worked on this request"
-                self._suspects = deque(other for other in self._suspects if other is not pending)
-                self._end(pending, self._error("crashed", message, suspect=True))
-            elif pending not in self._suspects:
+            if pending is alone:
+                self._judge(pending, of_itself=code != -signal.SIGKILL)
+            elif pending.number in at_work and pending not in self._suspects:
                 self._suspects.append(pending)
+
+    def _judge(self, pending: Pending, *, of_itself: bool) -> None:
+        """A suspect ran alone, and the process died again."""
+        pending.killed += not of_itself
+        if of_itself or pending.killed >= STRIKES_FROM_OUTSIDE:
+            self.counters["given_up_total"] += 1
+            self._end(pending, self._error("crashed", "the model process died of this request", suspect=True))
+        else:
+            self._suspects.append(pending)
 
     @staticmethod
     def _error(kind: ErrorKind, message: str, *, suspect: bool = False) -> ErrorEvent:
@@ -374,7 +380,12 @@ class Supervisor:
 
     def _go_on(self) -> None:
         """Give the model process what it may have next: one suspect alone, or everything else."""
-        if self._health.status != "ready" or self._alone is not None:
+        if self._health.status != "ready":
+            return
+        for pending in [pending for pending in self._pending.values() if isinstance(pending.body, _ASIDE)]:
+            if not pending.at_work:
+                self._give(pending)
+        if self._alone is not None:
             return
         if any(pending.at_work for pending in self._pending.values()) and self._suspects:
             return

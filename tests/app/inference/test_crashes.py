@@ -52,7 +52,7 @@ def test_a_crash_in_native_code_costs_no_request(faulty: RunningEngine, in_threa
 def test_a_poisonous_prompt_ends_alone_and_harms_no_neighbour(faulty: RunningEngine, in_threads: InThreads) -> None:
     faulty.order("poison", "arsenic")
     poisonous = lambda: faulty.client.generate(_request("a cup of arsenic"))  # noqa: E731
-    healthy = [lambda n=n: faulty.client.generate(_request(tenant=f"t{n}")) for n in range(8)]  # type: ignore[misc]
+    healthy = [lambda n=n: faulty.client.generate(_request(tenant=f"t{n}")) for n in range(8)]
     found, *answers = in_threads([poisonous, *healthy])
     assert isinstance(found, EngineCrashed)
     assert found.suspect

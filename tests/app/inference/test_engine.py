@@ -197,7 +197,7 @@ def test_user_waiting_requests_overtake_batch_work(client: EngineClient, in_thre
         time.sleep(1.0)
         call("interactive", _ask(max_tokens=2, priority="interactive"))
 
-    batch = [lambda n=n: call(f"batch{n}", _babble(max_tokens=40, tenant=f"b{n}")) for n in range(24)]  # type: ignore[misc]
+    batch = [lambda n=n: call(f"batch{n}", _babble(max_tokens=40, tenant=f"b{n}")) for n in range(24)]
     in_threads([*batch, late])
     assert ends["interactive"] < max(ends.values())
     assert sum(end > ends["interactive"] for end in ends.values()) >= 8

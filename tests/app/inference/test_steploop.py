@@ -108,7 +108,7 @@ def test_greedy_answers_are_the_librarys_own(chat_path: Path, bench: Bench) -> N
     for prompt in prompts:
         number = bench.submit(prompt, max_tokens=24)
         answer = bench.run().results[number]
-        expected = []
+        expected: list[int] = []
         for token in library.generate(
             library.tokenize(prompt.encode(), add_bos=False, special=True), temp=0.0, repeat_penalty=1.0
         ):
