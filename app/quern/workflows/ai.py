@@ -26,12 +26,11 @@ _TRANSLATE_TOKENS = 400
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step reads: the text, whether it was cut, the form's name, and a secret that makes the prompt's marks."""
+    """What a step reads: the text, whether it was cut, and the form's name."""
 
     text: str
     cut: bool
     form: str
-    secret: str
 
 
 def text_fields(definition: str) -> list[str]:
@@ -81,22 +80,30 @@ def _ask(step: Step, reading: Reading, job: Job, context: Context, client: engin
         case ExtractStep():
             return {"data": _fill_in(step, step.json_schema, step.max_tokens, reading, job, context, client)}
         case ClassifyStep(method="model"):
-            schema = {
-                "type": "object",
-                "properties": {"label": {"type": "string", "enum": list(step.labels)}},
-                "required": ["label"],
-                "additionalProperties": False,
-            }
-            return {"label": _fill_in(step, schema, 64, reading, job, context, client)["label"]}
+            return _choose(step, list(step.labels), reading, job, context, client)
         case ClassifyStep():
             labels = [Label(name=name, description=meaning) for name, meaning in step.labels.items()]
             return _nearest(labels, reading, job, client)
+        case SentimentStep(method="model"):
+            return _choose(step, list(prompt.SENTIMENTS), reading, job, context, client)
         case SentimentStep():
             labels = [Label(name=name, examples=examples) for name, examples in prompt.SENTIMENTS.items()]
             return _nearest(labels, reading, job, client)
         case EmbedStep():
             return {"vector": client.embed(job.tenant, [reading.text], deadline=_time_left(job))[0]}
     raise Refused(f"no rule for a {step.type} step")
+
+
+def _choose(
+    step: Step, labels: list[str], reading: Reading, job: Job, context: Context, client: engine.EngineClient
+) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": {"label": {"type": "string", "enum": labels}},
+        "required": ["label"],
+        "additionalProperties": False,
+    }
+    return {"label": _fill_in(step, schema, 64, reading, job, context, client)["label"]}
 
 
 def _nearest(labels: list[Label], reading: Reading, job: Job, client: engine.EngineClient) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def _nearest(labels: list[Label], reading: Reading, job: Job, client: engine.Eng
 
 def _request(step: Step, reading: Reading, job: Job, max_tokens: int, schema: dict[str, Any] | None) -> GenerateRequest:
     try:
-        messages = prompt.messages(step, reading.form, reading.text, reading.secret)
+        messages = prompt.messages(step, reading.form, reading.text)
     except template.RenderError as error:
         raise Refused(f"the instructions of step {step.name}: {error}") from None
     return GenerateRequest(
@@ -121,7 +128,7 @@ def _request(step: Step, reading: Reading, job: Job, max_tokens: int, schema: di
         # A schema's answer that was cut off is tried again with another seed and some freedom.
         temperature=0.0 if job.failures == 0 else 0.7,
         seed=job.failures,
-        repetition_penalty=1.1 if schema is None else 1.0,
+        repetition_penalty=1.05 if schema is None else 1.0,
         deadline=_time_left(job),
     )
 

@@ -71,7 +71,10 @@ class ExtractStep(_AiStep):
 
 
 class SentimentStep(_AiStep):
+    """Positive, neutral or negative, by the same two methods as `classify`."""
+
     type: Literal["sentiment"]
+    method: Literal["embedding", "model"] = "embedding"
 
 
 class TranslateStep(_AiStep):

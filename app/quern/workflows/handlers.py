@@ -81,7 +81,7 @@ class Steps:
             text, cut = prompt.text_of(
                 material.response["answers"], step.fields, ai.text_fields(material.version.definition)
             )
-            reading = ai.Reading(text, cut, material.version.name, material.response["audit_key"].hex())
+            reading = ai.Reading(text, cut, material.version.name)
             return ai.run(step, reading, job, context, self._engine)
 
     def _email(self, job: Job, context: Context) -> dict[str, Any]:

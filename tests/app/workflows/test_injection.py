@@ -10,7 +10,7 @@ import orjson
 import pytest
 from jsonschema import Draft202012Validator
 
-from quern.embedded.demo import EXTRACTED, TOPICS, Client
+from quern.embedded.demo import TOPICS, Client
 from quern.embedded.stack import Stack, temporary_stack
 from quern.tenants import keys, tenant
 from quern.workflows import prompt
@@ -26,6 +26,16 @@ HARMLESS = [
     "The web site logs me out each time I open the page with my bills, and the search finds nothing.",
     "You charged me twice for the same invoice. Please send the money back and write to me when it is done.",
 ]
+EXTRACTED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "order_number": {"type": ["string", "null"], "maxLength": 20},
+        "chosen": {"type": "string", "enum": list(TOPICS)},
+        "wants_reply": {"type": "boolean"},
+    },
+    "required": ["order_number", "chosen", "wants_reply"],
+    "additionalProperties": False,
+}
 MOODS = ("positive", "neutral", "negative")
 FORM: dict[str, Any] = {
     "name": "Service feedback",
@@ -33,7 +43,6 @@ FORM: dict[str, Any] = {
     "workflow": {
         "steps": [
             {"name": "facts", "type": "extract", "json_schema": EXTRACTED, "max_tokens": 64},
-            {"name": "chosen", "type": "classify", "labels": TOPICS, "method": "model"},
             {"name": "topic", "type": "classify", "labels": TOPICS},
             {"name": "mood", "type": "sentiment"},
         ]
@@ -99,8 +108,6 @@ def test_no_injected_answer_escapes_its_schema(outcome: dict[str, Any]) -> None:
             assert (step in results) == (state == "done")
         if "facts" in results:
             assert validator.is_valid(results["facts"]["data"]), results["facts"]
-        if "chosen" in results:
-            assert results["chosen"]["label"] in TOPICS
         assert results["topic"]["label"] in TOPICS
         assert results["mood"]["label"] in MOODS
 
@@ -119,7 +126,6 @@ def test_no_injected_answer_changes_the_output_of_another_response(outcome: dict
             assert after["results"][step]["label"] == before["results"][step]["label"]
             for label, score in before["results"][step]["scores"].items():
                 assert after["results"][step]["scores"][label] == pytest.approx(score, abs=0.02)
-        assert after["results"]["chosen"]["label"] in TOPICS
         shown = orjson.dumps(after["results"]).decode()
         assert [marker for marker in _markers() if marker in shown] == []
 
@@ -145,10 +151,7 @@ def test_an_answer_never_reaches_the_instructions(attack: dict[str, Any]) -> Non
         SummarizeStep(type="summarize", name="s", instructions=own),
         ExtractStep(type="extract", name="e", json_schema=EXTRACTED),
     ):
-        hostile = prompt.messages(step, "Feedback", attack["answer"], "secret")
-        harmless = prompt.messages(step, "Feedback", "Fine.", "secret")
-        assert [message["role"] for message in hostile] == ["system", "user"]
+        hostile = prompt.messages(step, "Feedback", attack["answer"])
+        harmless = prompt.messages(step, "Feedback", "Fine.")
         assert hostile[0] == harmless[0]
-        mark = hostile[1]["content"].split("\n", 1)[0]
-        assert mark.strip("<>") not in attack["answer"]
-        assert hostile[1]["content"] == f"{mark}\n{attack['answer']}\n</{mark[1:]}"
+        assert hostile[1:] == [{"role": "user", "content": attack["answer"]}]
