@@ -8,15 +8,18 @@ worker. Every end is journaled by a majority, with all that follows from it, in 
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
-from pymongo import ReturnDocument
+import pymongo
+from pymongo import ReturnDocument, UpdateOne
 from pymongo.client_session import ClientSession
-from pymongo.errors import BulkWriteError
+from pymongo.errors import BulkWriteError, PyMongoError
 
 from quern.jobs import turns
-from quern.jobs.handler import Followup, Registry
+from quern.jobs.handler import Followup, Handler, Registry
 from quern.jobs.model import ENDED, Job, NewJob, Queue, State
 from quern.observe import metrics
 from quern.store import clock
@@ -24,6 +27,9 @@ from quern.store.connection import EPHEMERAL, Db, Document, Store
 
 #: A queued job whose turn was never opened is found by the reconciler this much later.
 GRACE = timedelta(seconds=2)
+
+#: What waits for a document that is locked: see `unless_locked`.
+CLAIM_SECONDS = 10.0
 
 #: Entries that a job's log keeps: a job that waits for days tries again thousands of times.
 LOG_KEPT = 100
@@ -79,7 +85,16 @@ def _insert_new(db: Db, documents: list[Document]) -> None:
 
 
 def claim(db: Db, queue: str, lease: float) -> Job | None:
-    """Take the next job of a queue for `lease` seconds: by priority, then by turns between tenants, then by age."""
+    """Take the next job of a queue for `lease` seconds: by priority, then by turns between tenants, then by age.
+
+    Gives up after CLAIM_SECONDS with a PyMongoError, as on any trouble with the database: the turn has moved on, so the
+    next call looks at another tenant.
+    """
+    with pymongo.timeout(CLAIM_SECONDS):
+        return _claim(db, queue, lease)
+
+
+def _claim(db: Db, queue: str, lease: float) -> Job | None:
     jobs = db.jobs.with_options(write_concern=EPHEMERAL)
     while True:
         now = clock.now()
@@ -89,19 +104,7 @@ def claim(db: Db, queue: str, lease: float) -> Job | None:
         mine = {"queue": queue, "priority": turn.priority, "tenant": turn.tenant, "state": State.QUEUED.value}
         document = jobs.find_one_and_update(
             {**mine, "due": {"$lte": now}},
-            [
-                {
-                    "$set": {
-                        "state": State.RUNNING.value,
-                        "lease_id": secrets.token_hex(8),
-                        "lease_until": now + timedelta(seconds=lease),
-                        "started": now,
-                        "attempt": {"$add": ["$attempt", 1]},
-                        "log": appended(State.RUNNING.value, now, {"attempt": {"$add": ["$attempt", 1]}}),
-                    }
-                },
-                {"$unset": ["wake"]},
-            ],
+            _claimed(now, lease, secrets.token_hex(8)),
             sort=[("due", 1), ("_id", 1)],
             return_document=ReturnDocument.AFTER,
         )
@@ -113,6 +116,78 @@ def claim(db: Db, queue: str, lease: float) -> Job | None:
         turns.close(db, turn, waiting["due"] if waiting else None)
 
 
+def claim_many(db: Db, queue: str, lease: float, most: int) -> list[Job]:
+    """Take up to `most` jobs that are to start at once; as `claim`, with fewer trips to the database.
+
+    Only while one turn is open: where tenants or priorities compete, each claim is a turn of its own.
+    """
+    with pymongo.timeout(CLAIM_SECONDS):
+        return _claim_many(db, queue, lease, most)
+
+
+def _claim_many(db: Db, queue: str, lease: float, most: int) -> list[Job]:
+    turn = turns.alone(db, queue, clock.now()) if most > 1 else None
+    if turn is None:
+        job = claim(db, queue, lease)
+        return [job] if job else []
+    now = clock.now()
+    mine = {"queue": queue, "priority": turn.priority, "tenant": turn.tenant, "state": State.QUEUED.value}
+    # More than are wanted: other workers claim at the same time, and the oldest are everybody's first choice.
+    found = list(db.jobs.find({**mine, "due": {"$lte": now}}).sort([("due", 1), ("_id", 1)]).limit(2 * most))
+    claimed: list[Job] = []
+    while found and len(claimed) < most:
+        chosen, found = found[: most - len(claimed)], found[most - len(claimed) :]
+        claimed += _claim_these(db, chosen, now, lease)
+    if not claimed:
+        # Nothing was due, or others were faster: the careful way closes the turn where that is due.
+        job = claim(db, queue, lease)
+        return [job] if job else []
+    for job in claimed:
+        metrics.CLAIMS.labels(queue, job.kind).inc()
+        metrics.JOB_WAIT_SECONDS.labels(queue).observe(max(0.0, (now - job.due).total_seconds()))
+    return claimed
+
+
+def _claim_these(db: Db, documents: list[Document], now: datetime, lease: float) -> list[Job]:
+    leases = {document["_id"]: secrets.token_hex(8) for document in documents}
+    written = db.jobs.with_options(write_concern=EPHEMERAL).bulk_write(
+        [
+            # A job that ran and came back in between is not the one that was read.
+            UpdateOne(
+                {"_id": document["_id"], "state": State.QUEUED.value, "attempt": document["attempt"]},
+                _claimed(now, lease, leases[document["_id"]]),
+            )
+            for document in documents
+        ],
+        ordered=False,
+    )
+    if written.matched_count < len(documents):
+        held = {"_id": {"$in": list(leases)}, "lease_id": {"$in": list(leases.values())}}
+        ours = {found["_id"] for found in db.jobs.find(held, {"_id": 1})}
+        documents = [document for document in documents if document["_id"] in ours]
+    return [
+        Job.from_document({**document, "lease_id": leases[document["_id"]], "attempt": document["attempt"] + 1})
+        for document in documents
+    ]
+
+
+def _claimed(now: datetime, lease: float, lease_id: str) -> list[Document]:
+    attempt = {"$add": ["$attempt", 1]}
+    return [
+        {
+            "$set": {
+                "state": State.RUNNING.value,
+                "lease_id": lease_id,
+                "lease_until": now + timedelta(seconds=lease),
+                "started": now,
+                "attempt": attempt,
+                "log": appended(State.RUNNING.value, now, {"attempt": attempt}),
+            }
+        },
+        {"$unset": ["wake"]},
+    ]
+
+
 def appended(kind: str, at: datetime, data: dict[str, Any]) -> Document:
     """The aggregation expression for a job's log with one entry more; of a long log, the newest LOG_KEPT stay."""
     entry = {"seq": {"$add": [{"$ifNull": [{"$max": "$log.seq"}, 0]}, 1]}, "type": kind, "at": at, "data": data}
@@ -121,17 +196,40 @@ def appended(kind: str, at: datetime, data: dict[str, Any]) -> Document:
 
 def extend(db: Db, lease_ids: Sequence[str], lease: float) -> tuple[set[str], set[str]]:
     """Heartbeat: hold the leases for `lease` seconds more. Returns (still held, of those: asked to cancel)."""
-    running = {"lease_id": {"$in": list(lease_ids)}, "state": State.RUNNING.value}
-    until = clock.now() + timedelta(seconds=lease)
-    db.jobs.with_options(write_concern=EPHEMERAL).update_many(
-        {**running, "lease_until": {"$exists": True}}, {"$set": {"lease_until": until}}
-    )
+    running: Document = {"lease_id": {"$in": list(lease_ids)}, "state": State.RUNNING.value}
+    running["lease_until"] = {"$exists": True}
+    change = {"$set": {"lease_until": clock.now() + timedelta(seconds=lease)}}
+    jobs = db.jobs.with_options(write_concern=EPHEMERAL)
+    try:
+        with pymongo.timeout(max(1.0, lease / 4)):
+            jobs.update_many(running, change)
+    except PyMongoError as error:
+        if not error.timeout:
+            raise
+        # One of them is in somebody's transaction: it must not cost the others their leases.
+        for lease_id in lease_ids:
+            unless_locked(partial(jobs.update_one, {**running, "lease_id": lease_id}, change))
     held, cancelled = set(), set()
-    for document in db.jobs.find({**running, "lease_until": {"$gte": until}}, {"lease_id": 1, "cancel": 1}):
+    for document in db.jobs.find(running, {"lease_id": 1, "cancel": 1}):
         held.add(document["lease_id"])
         if document.get("cancel"):
             cancelled.add(document["lease_id"])
     return held, cancelled
+
+
+def unless_locked(write: Callable[[], Any], seconds: float = 1.0) -> Any:
+    """The answer of `write`, or None when its document stays locked for `seconds`.
+
+    A process that is killed inside a transaction leaves its documents locked until the server ends the transaction
+    (`transactionLifetimeLimitSeconds`, by default 60): who does many jobs one after the other must not wait for it.
+    """
+    try:
+        with pymongo.timeout(seconds):
+            return write()
+    except PyMongoError as error:
+        if not error.timeout:
+            raise
+        return None
 
 
 def transact(store: Store, work: Callable[[ClientSession], Any]) -> Any:
@@ -166,16 +264,7 @@ def settle(
     db, now = store.db, clock.now()
     handler = registry.get(job.kind)
     guard = fence if fence is not None else {"state": State.RUNNING.value, "lease_id": job.lease_id}
-    change: Document = {"state": state.value, "ended": now, "error": {"$literal": error}}
-    if state in (State.DONE, State.CANCELLED, State.SKIPPED):
-        change["forget"] = now + timedelta(days=store.settings.job.keep_ended_days)
-    if result is not None and (handler is None or handler.keeps_result):
-        change["result"] = {"$literal": result}
-    data = {"error": {"$literal": error}} if error else {}
-    update: list[Document] = [
-        {"$set": {**change, "log": appended(state.value, now, data)}},
-        {"$unset": ["lease_id", "lease_until", "wake", "cancel"]},
-    ]
+    update = _ended(store, handler, state, now, result, error)
 
     def write(session: ClientSession | None) -> tuple[Followup, Opened]:
         if db.jobs.update_one({"_id": job.id, **guard}, update, session=session).matched_count != 1:
@@ -194,6 +283,47 @@ def settle(
     _, opened = transact(store, write) if needs_transaction else write(None)
     turns.open_many(db, opened)
     return list(opened)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended that nothing follows from: its handler has no `on_end`."""
+
+    job: Job
+    state: State
+    result: dict[str, Any] | None = None
+    error: str | None = None
+
+
+def settle_many(store: Store, registry: Registry, ends: Sequence[End]) -> list[LeaseLostError | None]:
+    """End jobs that nothing follows from, with one write and one journal flush; one outcome for each, as `settle`."""
+    db, now = store.db, clock.now()
+    updates = []
+    for end in ends:
+        held = {"_id": end.job.id, "state": State.RUNNING.value, "lease_id": end.job.lease_id}
+        handler = registry.get(end.job.kind)
+        updates.append(UpdateOne(held, _ended(store, handler, end.state, now, end.result, end.error)))
+    if db.jobs.bulk_write(updates, ordered=False).matched_count == len(ends):
+        return [None] * len(ends)
+    # Some lease was lost. Only our own write can have left this state and this time.
+    written = {"_id": {"$in": [end.job.id for end in ends]}, "ended": now}
+    ours = {found["_id"] for found in db.jobs.find(written, {"_id": 1})}
+    return [None if end.job.id in ours else LeaseLostError(end.job.id) for end in ends]
+
+
+def _ended(
+    store: Store, handler: Handler | None, state: State, now: datetime, result: dict[str, Any] | None, error: str | None
+) -> list[Document]:
+    change: Document = {"state": state.value, "ended": now, "error": {"$literal": error}}
+    if state in (State.DONE, State.CANCELLED, State.SKIPPED):
+        change["forget"] = now + timedelta(days=store.settings.job.keep_ended_days)
+    if result is not None and (handler is None or handler.keeps_result):
+        change["result"] = {"$literal": result}
+    data = {"error": {"$literal": error}} if error else {}
+    return [
+        {"$set": {**change, "log": appended(state.value, now, data)}},
+        {"$unset": ["lease_id", "lease_until", "wake", "cancel"]},
+    ]
 
 
 def _unblock(db: Db, ids: Sequence[str], session: ClientSession) -> Opened:

@@ -73,6 +73,12 @@ def take(db: Db, queue: str, now: datetime) -> Turn | None:
     return _turn(document) if document else None
 
 
+def alone(db: Db, queue: str, now: datetime) -> Turn | None:
+    """The one turn of a queue that is due; None when there is none, or when tenants or priorities compete."""
+    ready = list(db.turns.find({"queue": queue, "ready": {"$lte": now}}).limit(2))
+    return _turn(ready[0]) if len(ready) == 1 else None
+
+
 def close(db: Db, turn: Turn, next_due: datetime | None) -> None:
     """End a turn that had no job due: put off until `next_due`, or drop it when nothing waits."""
     unchanged = {"_id": turn.id, "opening": turn.opening}

@@ -6,15 +6,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 from huey.consumer import Consumer
 from pymongo.errors import PyMongoError
 
 from quern.jobs import backoff, capacity, estimate, queue, wake
+from quern.jobs.ends import Ends
 from quern.jobs.handler import Context, Handler, Obsolete, Refused, Registry, RetryLater
 from quern.jobs.model import CONCURRENCY, Job, Queue, State
 from quern.observe import logs, metrics, traces
 from quern.store import clock
+from quern.store.combine import Combiner
 from quern.store.connection import Store, is_away
 
 _log = logging.getLogger(__name__)
@@ -23,6 +27,9 @@ _log = logging.getLogger(__name__)
 _BEAT = 2.0
 #: Seconds that a stopping worker waits for claims that are on their way.
 _LAST_CLAIMS = 5.0
+_LOST_LEASE = "lost the lease of a job; its next worker does it again"
+
+T = TypeVar("T")
 
 
 class Leases:
@@ -85,6 +92,16 @@ class Leases:
                     stop.set()
 
 
+class _OthersWereFaster(Exception):
+    """Fewer jobs could be claimed than threads had asked together: ask again."""
+
+
+@dataclass(frozen=True)
+class _Ending:
+    end: queue.End
+    seconds: float
+
+
 class Worker:
     """Runs the jobs of one queue until told to stop."""
 
@@ -99,6 +116,8 @@ class Worker:
         self._claims = threading.Condition()
         self._claiming = 0
         self._learned: dict[str, float] = {}
+        self._claim: Combiner[None, Job | None] = Combiner(self._claim_for)
+        self._ends: Ends[_Ending] = Ends(self._write_ends)
 
     def run(self) -> None:
         """Consume until SIGINT (finish what runs, then hand leases back) or SIGTERM (hand them back at once)."""
@@ -147,6 +166,7 @@ class Worker:
     def _hand_back(self) -> None:
         with self._claims:
             self._claims.wait_for(lambda: self._claiming == 0, timeout=_LAST_CLAIMS)
+        self._ends.flush(_LAST_CLAIMS)
         self._leases.stop_all()
         for job in self._leases.held():
             try:
@@ -160,7 +180,7 @@ class Worker:
                 _log.warning("could not hand a lease back; it runs out by itself", extra={"job": job.id})
 
     def drain(self) -> None:
-        """Claim and run until no job is due. What the one Huey task does."""
+        """Claim and run until no job is due, and all that ran here is written. What the one Huey task does."""
         while True:
             with self._claims:
                 if self._stopping():
@@ -168,37 +188,79 @@ class Worker:
                 self._claiming += 1
             stop = threading.Event()
             try:
-                job = queue.claim(self._store.db, self._queue.value, self._store.settings.job.lease)
+                job = self._claim(None)
                 if job is None:
-                    return
+                    break
                 self._leases.hold(job, stop)
+            except _OthersWereFaster:
+                continue
             except PyMongoError as error:
                 _log.warning("could not claim; the reconciler will wake us", extra={"error": type(error).__name__})
-                return
+                break
             finally:
                 with self._claims:
                     self._claiming -= 1
                     self._claims.notify_all()
             self._work(job, stop)
+        self._ends.flush()
+
+    def _claim_for(self, askers: list[None]) -> list[Job | BaseException | None]:
+        """A job for each of the threads that ask at this moment."""
+        lease = self._store.settings.job.lease
+        jobs = queue.claim_many(self._store.db, self._queue.value, lease, len(askers))
+        missing = len(askers) - len(jobs)
+        return [*jobs, *([_OthersWereFaster()] * missing if jobs else [None] * missing)]
 
     def run_one(self, job: Job) -> None:
         """Run a claimed job and write how it ended."""
         stop = threading.Event()
         self._leases.hold(job, stop)
         self._work(job, stop)
+        self._ends.flush()
 
     def _work(self, job: Job, stop: threading.Event) -> None:
         token = logs.request_id.set(job.request_id)
         began = time.monotonic()
+        state: str | None = "lost"
         try:
             with traces.span(
                 f"job {job.kind}", job.traceparent, **{"quern.job": job.id, "quern.queue": job.queue.value}
             ) as parent:
-                state = self._run(job, Context(self._store, stop, parent))
+                verdict = self._run(job, Context(self._store, stop, parent))
+                state = None if isinstance(verdict, queue.End) else verdict
         finally:
-            self._leases.release(job)
+            if state is not None:
+                self._leases.release(job)
             logs.request_id.reset(token)
         seconds = time.monotonic() - began
+        if isinstance(verdict, queue.End):
+            self._ends.put(_Ending(verdict, seconds))
+        else:
+            self._observe(job, verdict, seconds)
+
+    def _write_ends(self, endings: list[_Ending]) -> None:
+        def write() -> list[queue.LeaseLostError | None]:
+            return queue.settle_many(self._store, self._registry, [ending.end for ending in endings])
+
+        try:
+            outcomes = self._persist([ending.end.job for ending in endings], write)
+        except Exception:
+            # A result that cannot be stored, for one; nothing that a job does may end this thread.
+            _log.exception("could not write how jobs ended", extra={"jobs": len(endings)})
+            outcomes = None
+        if outcomes is None and len(endings) > 1:
+            # One of them may be what is wrong: the others must not suffer for it.
+            for ending in endings:
+                self._write_ends([ending])
+            return
+        for position, ending in enumerate(endings):
+            lost = outcomes is None or outcomes[position] is not None
+            if outcomes is not None and lost:
+                _log.info(_LOST_LEASE, extra={"job": ending.end.job.id})
+            self._leases.release(ending.end.job)
+            self._observe(ending.end.job, "lost" if lost else ending.end.state.value, ending.seconds)
+
+    def _observe(self, job: Job, state: str, seconds: float) -> None:
         metrics.JOB_SECONDS.labels(job.queue.value, job.kind).observe(seconds)
         if state == State.DONE.value:
             self._learn(job, seconds)
@@ -214,7 +276,8 @@ class Worker:
         except PyMongoError:
             _log.debug("could not keep a duration")
 
-    def _run(self, job: Job, context: Context) -> str:
+    def _run(self, job: Job, context: Context) -> str | queue.End:
+        """Run the handler. Returns how the job ended, once that is durable, or an End that is yet to be written."""
         handler = self._registry.get(job.kind)
         if handler is None:
             return self._retry(
@@ -241,7 +304,7 @@ class Worker:
             return self._retry(job, handler, RetryLater(reason, charged=not away))
         return self._settle(job, State.DONE, result=result)
 
-    def _ended_by_stop(self, job: Job, context: Context) -> str | None:
+    def _ended_by_stop(self, job: Job, context: Context) -> str | queue.End | None:
         """What to do with a handler that failed after it was told to stop: that is no failure of the job."""
         if not context.stop.is_set():
             return None
@@ -249,7 +312,7 @@ class Worker:
             return self._settle(job, State.CANCELLED)
         return self._retry(job, None, RetryLater("the worker was stopped", after=0, charged=False))
 
-    def _retry(self, job: Job, handler: Handler | None, verdict: RetryLater) -> str:
+    def _retry(self, job: Job, handler: Handler | None, verdict: RetryLater) -> str | queue.End:
         settings = self._store.settings.job
         most = (handler.max_failures if handler else None) or settings.max_failures
         failures = job.failures + (1 if verdict.charged else 0)
@@ -267,27 +330,34 @@ class Worker:
                 return State.CANCELLED.value
             return "lost"
 
-        return self._persist(job, write)
+        return self._persist([job], write) or "lost"
 
-    def _settle(self, job: Job, state: State, result: dict[str, object] | None = None, error: str | None = None) -> str:
+    def _settle(
+        self, job: Job, state: State, result: dict[str, object] | None = None, error: str | None = None
+    ) -> str | queue.End:
+        handler = self._registry.get(job.kind)
+        if handler is None or handler.on_end is None:
+            return queue.End(job, state, result, error)
+
         def write() -> str:
             opened = queue.settle(self._store, self._registry, job, state, result=result, error=error)
             self._waker.wake_all(opened)
             return state.value
 
-        return self._persist(job, write)
+        return self._persist([job], write) or "lost"
 
-    def _persist(self, job: Job, write: Callable[[], str]) -> str:
-        """Write an end, again and again while the database is away and our lease can still be held."""
+    def _persist(self, jobs: list[Job], write: Callable[[], T]) -> T | None:
+        """Write an end, again and again while the database is away and our lease can still be held. None: in vain."""
         patience = time.monotonic() + max(30.0, self._store.settings.job.lease)
         while True:
             try:
                 return write()
             except queue.LeaseLostError:
-                _log.info("lost the lease of a job; its next worker does it again", extra={"job": job.id})
-                return "lost"
+                _log.info(_LOST_LEASE, extra={"job": jobs[0].id})
+                return None
             except PyMongoError as error:
                 if not is_away(error) or time.monotonic() > patience:
-                    _log.exception("could not write how a job ended", extra={"job": job.id, "kind": job.kind})
-                    return "lost"
+                    for job in jobs:
+                        _log.exception("could not write how a job ended", extra={"job": job.id, "kind": job.kind})
+                    return None
                 time.sleep(0.2)
