@@ -56,6 +56,8 @@ class Mongod(ChildProcess):
                 *("--nounixsocket", "--filePermissions", "0600"),
                 *("--wiredTigerCacheSizeGB", str(cache_gigabytes), "--oplogSize", "512"),
                 *("--quiet", "--setParameter", "diagnosticDataCollectionEnabled=false"),
+                # What a process that was killed inside a transaction had locked is free again after half as much more.
+                *("--setParameter", "transactionLifetimeLimitSeconds=20"),
             ],
             log=directory / "mongod.log",
             ready=self._is_primary,

@@ -1,7 +1,8 @@
 """The reconciler: mends what a crash left. Idempotent, so any number may run, anywhere."""
 
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import partial
 
 from pymongo.errors import PyMongoError
 
@@ -11,7 +12,7 @@ from quern.jobs.model import CONCURRENCY, Job, Queue, State
 from quern.jobs.wake import Waker
 from quern.observe import metrics
 from quern.store import clock
-from quern.store.connection import Document, Store
+from quern.store.connection import Db, Document, Store
 
 _log = logging.getLogger(__name__)
 _BATCH = 500
@@ -33,26 +34,30 @@ def rescue(store: Store, registry: Registry) -> int:
             error = f"its worker vanished {settings.max_lost_leases} times; replay it once the cause is mended"
             _end(store, registry, document, State.DEAD, error, fence, "lease_until")
             continue
-        written = db.jobs.update_one(
-            {"_id": document["_id"], **fence, "cancel": {"$exists": False}},
-            [
-                {
-                    "$set": {
-                        "state": State.QUEUED.value,
-                        "due": now,
-                        "wake": now + queue.GRACE,
-                        "lost": {"$add": ["$lost", 1]},
-                        "log": queue.appended("rescued", now, {}),
-                    }
-                },
-                {"$unset": ["lease_id", "lease_until"]},
-            ],
-        )
-        if written.matched_count:
+        if queue.unless_locked(partial(_take_back, db, document["_id"], fence, now)):
             rescued += 1
             turns.open_many(db, [(document["queue"], document["priority"], document["tenant"], now)])
             _log.info("took a job back from a silent worker", extra={"job": document["_id"], "kind": document["kind"]})
     return rescued
+
+
+def _take_back(db: Db, job: str, fence: Document, now: datetime) -> bool:
+    written = db.jobs.update_one(
+        {"_id": job, **fence, "cancel": {"$exists": False}},
+        [
+            {
+                "$set": {
+                    "state": State.QUEUED.value,
+                    "due": now,
+                    "wake": now + queue.GRACE,
+                    "lost": {"$add": ["$lost", 1]},
+                    "log": queue.appended("rescued", now, {}),
+                }
+            },
+            {"$unset": ["lease_id", "lease_until"]},
+        ],
+    )
+    return written.matched_count == 1
 
 
 def _end(
@@ -69,8 +74,9 @@ def _end(
     One that cannot be ended must not keep the others from rescue: `timer`, the time by which it was found, is put
     off, and the log says what is wrong with it.
     """
+    settle = partial(queue.settle, store, registry, Job.from_document(document), state, error=error, fence=fence)
     try:
-        queue.settle(store, registry, Job.from_document(document), state, error=error, fence=fence)
+        return queue.unless_locked(settle, seconds=5.0) is not None
     except queue.LeaseLostError:
         return False
     except PyMongoError:
@@ -80,7 +86,6 @@ def _end(
         later = {"$set": {timer: clock.now() + _PUT_OFF}}
         store.db.jobs.update_one({"_id": document["_id"], **fence}, later)
         return False
-    return True
 
 
 def reopen(store: Store) -> int:

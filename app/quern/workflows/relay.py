@@ -5,7 +5,9 @@ Idempotent: what it makes has derived identifiers, so a relay that dies anywhere
 
 import logging
 import threading
+from functools import partial
 
+import pymongo
 from pymongo import UpdateOne
 from pymongo.errors import BulkWriteError, PyMongoError
 from redis.exceptions import RedisError
@@ -22,6 +24,7 @@ from quern.workflows.definition import parsed
 
 _log = logging.getLogger(__name__)
 _BATCH = 200
+_CLEAR_SECONDS = 5.0
 
 
 def drain(store: Store, versions: Versions, waker: Waker) -> int:
@@ -50,10 +53,22 @@ def drain(store: Store, versions: Versions, waker: Waker) -> int:
     _record(store, [response["outbox"]["audit"] for response in found])
     turns.open_many(db, opened)
     # Last, and journaled: from here on the jobs stand by themselves.
-    db.responses.bulk_write(done, ordered=False)
+    _clear(store, done)
     metrics.FANNED_OUT.inc(len(found))
     waker.wake_all(opened)
     return len(found)
+
+
+def _clear(store: Store, done: list[UpdateOne]) -> None:
+    try:
+        with pymongo.timeout(_CLEAR_SECONDS):
+            store.db.responses.bulk_write(done, ordered=False)
+    except PyMongoError as error:
+        if not error.timeout:
+            raise
+        # One of them is in somebody's transaction; it comes again with the next batch, and holds up no other.
+        for one in done:
+            queue.unless_locked(partial(store.db.responses.bulk_write, [one]))
 
 
 def _jobs(store: Store, versions: Versions, response: Document) -> list[NewJob]:

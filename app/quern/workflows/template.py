@@ -147,6 +147,8 @@ def _check(source: str) -> None:
     for node in (tree, *tree.find_all(nodes.Node)):
         if not isinstance(node, _ALLOWED):
             raise ValueError(f"line {node.lineno}: {type(node).__name__.lower()} is not allowed in a template")
+        if isinstance(node, nodes.Name) and node.name == "self":
+            raise ValueError(f"line {node.lineno}: self is not allowed in a template")
     for used in tree.find_all(nodes.Filter):
         if used.name not in _FILTERS:
             raise ValueError(f"line {used.lineno}: no filter {used.name!r}; there are {', '.join(sorted(_FILTERS))}")
