@@ -91,6 +91,7 @@ class Settings(BaseSettings):
         None, description="default: 2 × cores + 1, bounded by memory", examples=[5]
     )
     api_threads: int = Field(8, ge=1, le=256, examples=[8])
+    api_receive_seconds: float = Field(20.0, gt=0, le=300, description="how long a client may take to send a request")
     max_body_bytes: int = Field(1_048_576, ge=1024, le=64 * 1_048_576, examples=[1_048_576])
     events_bind: Bind = Field(
         "127.0.0.1:8081", description="`unix:/path` or host:port", examples=["unix:/run/quern/events.sock"]

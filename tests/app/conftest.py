@@ -19,9 +19,9 @@ from quern.embedded.mongod import Mongod
 from quern.embedded.receiver import Receiver
 from quern.embedded.redis_server import RedisServer
 from quern.embedded.smtp_sink import SmtpSink
+from quern.embedded.stack import temporary_stack
 from quern.migrations import migrate
 from quern.store.connection import Store
-from quern.embedded.stack import temporary_stack
 from tests.app.api.client import Client, House
 from tests.app.observe.collector import Collector
 
@@ -137,11 +137,12 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def house(collector: Collector) -> Iterator[House]:
-    """All of Quern but the engine, behind nginx, one for the whole session. A test that stops a part starts it again."""
+    """All of Quern but the engine, behind nginx, one for the session. A test that stops a part starts it again."""
     settings = {
         "QUERN_OTLP_ENDPOINT": collector.url,
         "OTEL_BSP_SCHEDULE_DELAY": "300",
         "QUERN_JOB__BACKOFF_BASE": "0.5",
+        "QUERN_API_RECEIVE_SECONDS": "3",
     }
     with temporary_stack(with_engine=False, settings=settings) as stack:
         yield House(stack)

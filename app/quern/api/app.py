@@ -19,7 +19,7 @@ from quern.api import audit, forms, jobs, keys, responses, webhooks
 from quern.api.openapi import describe
 from quern.api.operation import Edge, Operation, observe
 from quern.api.problem import Problem, away, render
-from quern.config import LiveSettings
+from quern.config import LiveSettings, Settings
 from quern.observe import logs, metrics, traces
 from quern.runtime import Runtime
 from quern.store import identifier
@@ -43,7 +43,8 @@ def create_app(runtime: Runtime | None = None) -> Flask:
     settings = runtime.settings
     app = Flask("quern", static_folder=None)
     app.extensions["quern"] = runtime
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    # One more than is accepted: werkzeug ends a chunked body at this length as if it were whole.
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes + 1
     app.url_map.strict_slashes = False
     # No path is redirected: the place to go to would be made of what the client says the host is.
     app.url_map.merge_slashes = False
@@ -53,7 +54,7 @@ def create_app(runtime: Runtime | None = None) -> Flask:
         app.register_blueprint(edge.blueprint)
     _add_own_routes(app, runtime)
     _add_passage(app)
-    _add_errors(app)
+    _add_errors(app, settings)
     return app
 
 
@@ -86,7 +87,7 @@ def _add_passage(app: Flask) -> None:
             logs.request_id.reset(token)
 
 
-def _add_errors(app: Flask) -> None:
+def _add_errors(app: Flask, settings: Settings) -> None:
     def answer(problem: Problem) -> Response:
         return render(problem, getattr(g, "request_id", ""))
 
@@ -97,7 +98,7 @@ def _add_errors(app: Flask) -> None:
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
         return answer(
-            Problem(413, f"the body is too large; at most {app.config['MAX_CONTENT_LENGTH']} bytes are accepted")
+            Problem(413, f"the body is too large; at most {settings.max_body_bytes} bytes are accepted")
         )
 
     @app.errorhandler(HTTPException)

@@ -17,12 +17,12 @@ class _TwiceError(Exception):
     pass
 
 
-def read_json(request: Request, limit: int) -> tuple[Any, bytes]:
-    """The JSON value of a request and its bytes.
+def read_json(request: Request, limit: int, seconds: float) -> tuple[Any, bytes]:
+    """The JSON value of a request and its bytes, which may take `seconds` to arrive.
 
     Raises:
-        Problem: 415 for another media type, 413 over `limit` bytes, 400 for what is not strict JSON in UTF-8, names a
-            member twice, or nests deeper than MAX_DEPTH.
+        Problem: 408 for a body that is late, 415 for another media type, 413 over `limit` bytes, 400 for what is not
+            strict JSON in UTF-8, names a member twice, or nests deeper than MAX_DEPTH.
     """
     if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         found = request.mimetype or "none"
@@ -32,7 +32,7 @@ def read_json(request: Request, limit: int) -> tuple[Any, bytes]:
     if (request.content_length or 0) > limit:
         raise Problem(413, f"the body has {request.content_length} bytes; at most {limit} are accepted")
     try:
-        with receiving(request.environ.get("gunicorn.socket")):
+        with receiving(request.environ.get("gunicorn.socket"), seconds):
             raw = request.get_data(cache=False)
     except ClientDisconnected:
         raise Problem(408, "the body did not arrive in time, or not whole") from None

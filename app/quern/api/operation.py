@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from quern.api import idempotency
 from quern.api.body import read_json
-from quern.api.problem import Problem, away, invalid, not_found
+from quern.api.problem import Fault, Problem, away, invalid, not_found
 from quern.audit.entry import entry, record
 from quern.jobs import turns
 from quern.jobs.queue import Opened
@@ -173,7 +173,7 @@ def _serve(
         raw = b""
         call.query = _query(operation.query or NoQuery)
         if operation.body is not None:
-            value, raw = read_json(request, runtime.settings.max_body_bytes)
+            value, raw = read_json(request, runtime.settings.max_body_bytes, runtime.settings.api_receive_seconds)
             call.body = _validated(operation.body, value)
         if operation.unsafe:
             call.idempotency_key = idempotency.check_key(request.headers.get(idempotency.HEADER))
@@ -225,9 +225,9 @@ def _query(model: type[BaseModel]) -> BaseModel:
     values: dict[str, Any] = {}
     for name, found in request.args.lists():
         if len(found) > 1:
-            raise Problem(
-                422, f"the query parameter {name[:100]} came {len(found)} times; expected once", kind="validation"
-            )
+            detail = f"came {len(found)} times; expected once"
+            fault = Fault(pointer=f"?{name[:100]}", detail=detail)
+            raise Problem(422, f"a query parameter {detail}", kind="validation", errors=[fault])
         values[name] = found[0]
     try:
         return model.model_validate(values)

@@ -7,6 +7,7 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 
 from quern.api.app import create_app
+from quern.api.patience import worker_class
 from quern.config import LiveSettings, Settings
 from quern.observe import logs, traces
 from quern.runtime import Runtime
@@ -45,7 +46,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         options: dict[str, Any] = {
             "bind": settings.api_bind,
             "workers": settings.api_workers or default_workers(len(os.sched_getaffinity(0)), _memory()),
-            "worker_class": "quern.api.patience.Worker",
+            "worker_class": worker_class(settings.api_receive_seconds),
             "threads": settings.api_threads,
             "timeout": 30,
             "graceful_timeout": 20,

@@ -185,7 +185,7 @@ GroupField.model_rebuild()
 def _bounded(value: Any) -> Any:
     """Refuse a definition that is too large before anything is made of it. Raises ValueError."""
     layer, count = [value], 0
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inner = [part for part in layer if isinstance(part, list)]
         fields = [field for part in inner for field in part]
         count += len(fields)
@@ -285,14 +285,15 @@ def _annotation(field: Any, name: str) -> Any:
             fewest = max(field.min_chosen, 1 if field.required else 0)
             return Annotated[list[chosen], Field(min_length=fewest, max_length=most), AfterValidator(_each_once)]
         case EmailField():
-            return Annotated[EmailStr, Field(max_length=254)]
+            return Annotated[EmailStr, BeforeValidator(_bare_address), Field(max_length=254)]
         case DateField():
             first, last = field.earliest or date(1, 1, 1), field.latest or date(9999, 12, 31)
             return Annotated[date, Field(ge=first, le=last, strict=False), BeforeValidator(_iso_day)]
         case RatingField():
             return Annotated[int, Field(ge=1, le=field.scale)]
         case ConsentField():
-            return Literal[True] if field.required else bool
+            # Literal compares, and 1 equals True.
+            return Annotated[Literal[True], BeforeValidator(_boolean)] if field.required else bool
         case GroupField():
             group: Any = answers_model(field.fields, name)
             fewest = 1 if field.required else 0
@@ -305,6 +306,19 @@ def _annotation(field: Any, name: str) -> Any:
 def _without_nul(value: Any) -> Any:
     if isinstance(value, str) and "\x00" in value:
         raise ValueError("a NUL character is not text")
+    return value
+
+
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be true")
+    return value
+
+
+def _bare_address(value: Any) -> Any:
+    # The library also reads `Name <address>`, and trims.
+    if isinstance(value, str) and re.search(r"[\s<>]", value):
+        raise ValueError("expected an address alone, such as maud@example.org")
     return value
 
 
