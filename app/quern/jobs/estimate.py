@@ -1,26 +1,33 @@
 """Where a job stands in its queue, and how long it will take.
 
 The queue serves tenants in turns, so ahead of the k-th job of a tenant stand its own k-1 and at most k of every other
-tenant of the same priority, and all of the better ones. The time left is their expected work divided by what the
-queue's workers do at once, then the job's own. Expected work of a kind is an exponentially weighted mean of how long
-its jobs ran, kept by `learn`.
+tenant of the same priority, and all of the better ones. They start as soon as one of the places that the queue's live
+workers have falls free; the time left is until such a place falls free for this job, then its own. The expected time of
+a job is an exponentially weighted mean of how long jobs of its kind ran, kept by `learn`; what a running job still
+needs is that mean less what it has had, or, once it is over that, a share of it.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 
-from quern.jobs.model import CONCURRENCY, Queue, State
+from quern.jobs import capacity
+from quern.jobs.model import State
 from quern.store.connection import EPHEMERAL, Db, Document
 
 #: Beyond this many jobs the place is a lower bound.
 MOST = 10_000
 _WEIGHT = 0.1
 _UNKNOWN = 1.0
+#: Share of its kind's mean that a job is expected to need still when it is over that mean.
+_OVERDUE = 0.25
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`place`: 1 is next, None once it runs. `seconds`: expected time until it has ended; None when nobody can say."""
+    """`place`: 1 is next, None once it runs. `seconds`: expected time until it has ended; None when nobody can say.
+
+    Nobody can say while no worker lives, of a job that waits for others, and of one that has ended.
+    """
 
     place: int | None
     seconds: float | None
@@ -65,8 +72,7 @@ def estimate(db: Db, job: Document, now: datetime) -> Estimate:
     queue = job["queue"]
     if state is State.RUNNING:
         mean = _means(db, queue).get(job["kind"])
-        ran = (now - job["started"]).total_seconds()
-        return Estimate(None, max(mean - ran, mean * 0.1) if mean is not None else None)
+        return Estimate(None, _rest(mean, job, now) if mean is not None else None)
     if state is not State.QUEUED:
         return Estimate(None, None)
     means = _means(db, queue)
@@ -82,15 +88,40 @@ def estimate(db: Db, job: Document, now: datetime) -> Estimate:
         theirs = {**lane, "priority": turn["priority"], "tenant": turn["tenant"], "due": {"$lte": now}}
         for kind, count in _by_kind(db, theirs, most).items():
             ahead[kind] = ahead.get(kind, 0) + count
+    place = sum(ahead.values()) + 1
+    places = capacity.of(db, queue)
+    if not places:
+        return Estimate(place, None)
     overall = sum(means.values()) / len(means) if means else _UNKNOWN
-    work = sum(count * means.get(kind, overall) for kind, count in ahead.items())
     leased = {"state": State.RUNNING.value, "lease_until": {"$gt": now}, "queue": queue}
-    for running in db.jobs.find(leased, {"kind": 1, "started": 1}).limit(256):
-        mean = means.get(running["kind"], overall)
-        work += max(mean - (now - running["started"]).total_seconds(), mean * 0.1)
+    running = db.jobs.find(leased, {"kind": 1, "started": 1}).limit(places)
+    rests = [_rest(means.get(other["kind"], overall), other, now) for other in running]
+    waiting = [(means.get(kind, overall), count) for kind, count in ahead.items()]
     delay = max(0.0, (job["due"] - now).total_seconds())
     own = means.get(job["kind"], overall)
-    return Estimate(sum(ahead.values()) + 1, delay + work / CONCURRENCY[Queue(queue)] + own)
+    return Estimate(place, delay + _until_free(places, rests, waiting) + own)
+
+
+def _rest(mean: float, job: Document, now: datetime) -> float:
+    ran: float = (now - job["started"]).total_seconds()
+    return max(mean - ran, mean * _OVERDUE)
+
+
+def _until_free(places: int, rests: list[float], waiting: list[tuple[float, int]]) -> float:
+    """Seconds until a place is free for who stands behind `waiting` (seconds a job, how many of them).
+
+    The order of those that wait is not known, so their work is spread evenly; it is what lies before the moment at
+    which one of the places has nothing left to do.
+    """
+    count = sum(number for _, number in waiting)
+    if len(rests) + count < places:
+        return 0.0
+    if not count:
+        return min(rests)
+    work = sum(rests) + sum(seconds * number for seconds, number in waiting)
+    # When the first place falls free, the others are on average half-way through a job.
+    half = work / (len(rests) + count) / 2
+    return max(0.0, work / places - half * (places - 1) / places)
 
 
 def _by_kind(db: Db, query: Document, most: int) -> dict[str, int]:

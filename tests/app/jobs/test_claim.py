@@ -117,6 +117,14 @@ def test_a_job_due_later_waits_until_then(store: Store) -> None:
     assert clock.now() >= job.due
 
 
+def test_a_job_due_later_does_not_go_along_with_one_that_is_due(store: Store) -> None:
+    later = new_job(due=clock.now() + timedelta(hours=1))
+    [due, _] = enqueue(store, new_job(), later)
+    assert claim(store).id == due
+    assert queue.claim(store.db, "default", 60) is None
+    assert queue.claim_many(store.db, "default", 60, 4) == []
+
+
 def test_a_blocked_job_is_not_claimed(store: Store) -> None:
     enqueue(store, new_job(state=State.BLOCKED))
     assert queue.claim(store.db, "default", 60) is None
