@@ -226,12 +226,15 @@ class EngineClient:
         end = time.monotonic() + self._timeout
         connection.settimeout(STOP_CHECK_INTERVAL if should_stop else self._timeout)
         received = bytearray()
+        next_check = 0.0
         while True:
+            if should_stop is not None and time.monotonic() >= next_check:
+                if should_stop():
+                    raise EngineCancelled("the caller stopped waiting")
+                next_check = time.monotonic() + STOP_CHECK_INTERVAL
             try:
                 chunk = connection.recv(1 << 16)
             except TimeoutError:
-                if should_stop is not None and should_stop():
-                    raise EngineCancelled("the caller stopped waiting") from None
                 if time.monotonic() >= end:
                     raise EngineDeadline(f"no answer from the engine within {self._timeout:g} s") from None
                 continue

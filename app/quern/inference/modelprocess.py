@@ -338,7 +338,10 @@ class ModelProcess:
     def _embed_forever(self, embedder: Embedder) -> None:
         while True:
             work = [self._to_embed.get()]
-            while len(work) < EMBED_TOGETHER and not self._to_embed.empty():
+            # What came before a purge is embedded before it, so that nothing of it stays; what came after, after it.
+            while not isinstance(work[-1][1], PurgeRequest) and len(work) < EMBED_TOGETHER:
+                if self._to_embed.empty():
+                    break
                 work.append(self._to_embed.get())
             purges = [body.tenant for _, body in work if isinstance(body, PurgeRequest)]
             items = [(number, body) for number, body in work if not isinstance(body, PurgeRequest)]

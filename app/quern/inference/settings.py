@@ -19,6 +19,9 @@ class EngineSettings(BaseSettings):
     socket: Path = Field(Path("/run/quern/engine.sock"), description="the UNIX socket to listen on")
     socket_mode: int = Field(0o660, ge=0o600, le=0o777, description="who may connect, as the socket's file mode")
     models: Path = Field(default_factory=default_models_dir, description="the models folder")
+    tuning: Path = Field(
+        default_factory=lambda: default_models_dir().parent / "tuning", description="where measurements are remembered"
+    )
     chat_model: str = "smollm2-135m-instruct-q4_1"
     embedding_model: str = "all-minilm-l6-v2-int8"
     threads: Annotated[int, Field(ge=1, le=512)] | None = Field(
@@ -36,10 +39,8 @@ class EngineSettings(BaseSettings):
     step_timeout: float = Field(
         120.0, gt=1, le=3600, description="a step that takes longer is taken for hung and killed"
     )
-    poll: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="ggml threads' polling level; default: tuned"
-    )
-    blas: bool | None = Field(None, description="OpenBLAS for prompts; default: tuned")
+    poll: int = Field(0, ge=0, le=100, description="how eagerly ggml's threads poll; above 0 they fight OpenBLAS's")
+    blas: bool | None = Field(None, description="OpenBLAS for prompts; default: measured at the first start")
     prefix_cache: bool = Field(True, description="compute what prompts of one tenant begin with in common only once")
     allow_fault_injection: bool = Field(False, description="for tests only: lets a client crash the model's process")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

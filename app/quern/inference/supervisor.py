@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel
 
-from quern.inference import registry, steprecord
+from quern.inference import registry, steprecord, tuning
 from quern.inference.llama_options import BackendOptions
 from quern.inference.protocol import (
     ClassifyRequest,
@@ -216,6 +216,7 @@ class Supervisor:
         return {kind: await asyncio.to_thread(registry.verify, model, folder) for kind, model in self.models.items()}
 
     async def _run_process(self, checked: dict[str, dict[str, registry.FileIdentity]]) -> None:
+        options = await self._options()
         ours, theirs = socket.socketpair()
         self._record.clear()
         descriptors = (theirs.fileno(), self._record_descriptor)
@@ -233,7 +234,7 @@ class Supervisor:
         self._send(
             {
                 "settings": self._settings.model_dump(mode="json"),
-                "options": self._options()._asdict(),
+                "options": options._asdict(),
                 "models": {kind: model.model_dump(mode="json") for kind, model in self.models.items()},
                 "checked": {
                     kind: {name: list(found) for name, found in files.items()} for kind, files in checked.items()
@@ -254,10 +255,14 @@ class Supervisor:
         if self._health.status != "failed":
             self._bury(code)
 
-    def _options(self) -> BackendOptions:
+    async def _options(self) -> BackendOptions:
         threads = self._settings.threads or len(os.sched_getaffinity(0))
-        poll = 0 if self._settings.poll is None else self._settings.poll
-        return BackendOptions(threads, poll, self._settings.blas is not False)
+        blas = self._settings.blas
+        if blas is None and (model := self.models.get("chat")) is not None:
+            file = model.files[0]
+            path = registry.file_path(model, file, self._settings.models)
+            blas = await tuning.blas_pays(path, file.sha256, self._settings.tuning)
+        return BackendOptions(threads, self._settings.poll, bool(blas))
 
     async def _stop_process(self) -> int:
         process = self._process
