@@ -13,8 +13,9 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+import bson
 import pymongo
-from pymongo import ReturnDocument, UpdateOne
+from pymongo import ReturnDocument, UpdateMany
 from pymongo.client_session import ClientSession
 from pymongo.errors import BulkWriteError, PyMongoError
 
@@ -149,29 +150,25 @@ def _claim_many(db: Db, queue: str, lease: float, most: int) -> list[Job]:
 
 
 def _claim_these(db: Db, documents: list[Document], now: datetime, lease: float) -> list[Job]:
-    leases = {document["_id"]: secrets.token_hex(8) for document in documents}
-    written = db.jobs.with_options(write_concern=EPHEMERAL).bulk_write(
-        [
-            # A job that ran and came back in between is not the one that was read.
-            UpdateOne(
-                {"_id": document["_id"], "state": State.QUEUED.value, "attempt": document["attempt"]},
-                _claimed(now, lease, leases[document["_id"]]),
-            )
-            for document in documents
-        ],
-        ordered=False,
+    batch, ids = secrets.token_hex(8), [document["_id"] for document in documents]
+    attempts = {document["attempt"] for document in documents}
+    # A job that ran and came back in between is not the one that was read. One update of many documents costs the
+    # server a third of as many updates of one.
+    written = db.jobs.with_options(write_concern=EPHEMERAL).update_many(
+        {"_id": {"$in": ids}, "state": State.QUEUED.value, "attempt": {"$in": list(attempts)}},
+        _claimed(now, lease, {"$concat": [batch, ".", "$_id"]}),
     )
-    if written.matched_count < len(documents):
-        held = {"_id": {"$in": list(leases)}, "lease_id": {"$in": list(leases.values())}}
-        ours = {found["_id"] for found in db.jobs.find(held, {"_id": 1})}
-        documents = [document for document in documents if document["_id"] in ours]
-    return [
-        Job.from_document({**document, "lease_id": leases[document["_id"]], "attempt": document["attempt"] + 1})
-        for document in documents
-    ]
+    if written.matched_count == len(documents) and len(attempts) == 1:
+        claimed = {"state": State.RUNNING.value, "attempt": attempts.pop() + 1}
+        return [
+            Job.from_document({**document, **claimed, "lease_id": f"{batch}.{document['_id']}"})
+            for document in documents
+        ]
+    ours = {"_id": {"$in": ids}, "lease_id": {"$in": [f"{batch}.{job}" for job in ids]}}
+    return [Job.from_document(document) for document in db.jobs.find(ours).sort([("due", 1), ("_id", 1)])]
 
 
-def _claimed(now: datetime, lease: float, lease_id: str) -> list[Document]:
+def _claimed(now: datetime, lease: float, lease_id: str | Document) -> list[Document]:
     attempt = {"$add": ["$attempt", 1]}
     return [
         {
@@ -295,20 +292,33 @@ class End:
     error: str | None = None
 
 
-def settle_many(store: Store, registry: Registry, ends: Sequence[End]) -> list[LeaseLostError | None]:
-    """End jobs that nothing follows from, with one write and one journal flush; one outcome for each, as `settle`."""
-    db, now = store.db, clock.now()
-    updates = []
+def settle_many(store: Store, registry: Registry, ends: Sequence[End], now: datetime) -> list[LeaseLostError | None]:
+    """End jobs that nothing follows from, at `now`, with one trip and one journal flush; outcomes as of `settle`.
+
+    Call it with the same `now` to try again after a failure that left open whether it was done.
+    """
+    alike: dict[bytes, list[End]] = {}
     for end in ends:
-        held = {"_id": end.job.id, "state": State.RUNNING.value, "lease_id": end.job.lease_id}
-        handler = registry.get(end.job.kind)
-        updates.append(UpdateOne(held, _ended(store, handler, end.state, now, end.result, end.error)))
-    if db.jobs.bulk_write(updates, ordered=False).matched_count == len(ends):
+        keeps = end.result is not None and _keeps_result(registry.get(end.job.kind))
+        outcome = bson.encode({"state": end.state.value, "result": end.result if keeps else None, "error": end.error})
+        alike.setdefault(outcome, []).append(end)
+    updates = []
+    for same in alike.values():
+        # A lease is of one claim of one job, so a pair of two other jobs cannot match.
+        ids, leases = [end.job.id for end in same], [end.job.lease_id for end in same]
+        held = {"_id": {"$in": ids}, "state": State.RUNNING.value, "lease_id": {"$in": leases}}
+        first = same[0]
+        handler = registry.get(first.job.kind)
+        updates.append(UpdateMany(held, _ended(store, handler, first.state, now, first.result, first.error)))
+    if store.db.jobs.bulk_write(updates, ordered=False).matched_count == len(ends):
         return [None] * len(ends)
-    # Some lease was lost. Only our own write can have left this state and this time.
     written = {"_id": {"$in": [end.job.id for end in ends]}, "ended": now}
-    ours = {found["_id"] for found in db.jobs.find(written, {"_id": 1})}
+    ours = {found["_id"] for found in store.db.jobs.find(written, {"_id": 1})}
     return [None if end.job.id in ours else LeaseLostError(end.job.id) for end in ends]
+
+
+def _keeps_result(handler: Handler | None) -> bool:
+    return handler is None or handler.keeps_result
 
 
 def _ended(
@@ -317,7 +327,7 @@ def _ended(
     change: Document = {"state": state.value, "ended": now, "error": {"$literal": error}}
     if state in (State.DONE, State.CANCELLED, State.SKIPPED):
         change["forget"] = now + timedelta(days=store.settings.job.keep_ended_days)
-    if result is not None and (handler is None or handler.keeps_result):
+    if result is not None and _keeps_result(handler):
         change["result"] = {"$literal": result}
     data = {"error": {"$literal": error}} if error else {}
     return [

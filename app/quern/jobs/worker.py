@@ -239,11 +239,13 @@ class Worker:
             self._observe(job, verdict, seconds)
 
     def _write_ends(self, endings: list[_Ending]) -> None:
+        ends, now = [ending.end for ending in endings], clock.now()
+
         def write() -> list[queue.LeaseLostError | None]:
-            return queue.settle_many(self._store, self._registry, [ending.end for ending in endings])
+            return queue.settle_many(self._store, self._registry, ends, now)
 
         try:
-            outcomes = self._persist([ending.end.job for ending in endings], write)
+            outcomes = self._persist([end.job for end in ends], write)
         except Exception:
             # A result that cannot be stored, for one; nothing that a job does may end this thread.
             _log.exception("could not write how jobs ended", extra={"jobs": len(endings)})

@@ -4,21 +4,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import NonRecordingSpan, ProxyTracerProvider, SpanContext, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+_IDS = RandomIdGenerator()
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _tracer = trace.get_tracer("quern")
 
 
 def configure(process: str, endpoint: str | None) -> None:
     """Export spans by OTLP over HTTP to `endpoint`; with `None`, ids are still made and passed on, but kept nowhere."""
+    if endpoint is None:
+        return
     provider = TracerProvider(resource=Resource.create({"service.name": f"quern-{process}"}))
-    if endpoint:
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     trace.set_tracer_provider(provider)
 
 
@@ -29,7 +35,25 @@ def span(name: str, parent: str | None = None, **attributes: str | int | float) 
     Attributes name things (queue, kind, ids); never answers or addresses.
     """
     context = _PROPAGATOR.extract({"traceparent": parent}) if parent else None
+    if isinstance(trace.get_tracer_provider(), ProxyTracerProvider):
+        # Nobody records: the ids are all that a span needs.
+        with trace.use_span(
+            NonRecordingSpan(_successor(context)), record_exception=False, set_status_on_exception=False
+        ):
+            yield traceparent()
+        return
     with _tracer.start_as_current_span(name, context=context, attributes=attributes, record_exception=False):
-        carrier: dict[str, str] = {}
-        _PROPAGATOR.inject(carrier)
-        yield carrier.get("traceparent", parent or "")
+        yield traceparent()
+
+
+def traceparent() -> str:
+    """The current span's W3C `traceparent`."""
+    current = trace.get_current_span().get_span_context()
+    return f"00-{current.trace_id:032x}-{current.span_id:016x}-{int(current.trace_flags):02x}"
+
+
+def _successor(context: Context | None) -> SpanContext:
+    """The ids of a new span: of the trace in `context`, else of one of its own, sampled by whoever does record."""
+    parent = trace.get_current_span(context).get_span_context()
+    trace_id, flags = (parent.trace_id, parent.trace_flags) if parent.is_valid else (_IDS.generate_trace_id(), _SAMPLED)
+    return SpanContext(trace_id, _IDS.generate_span_id(), is_remote=False, trace_flags=flags)
