@@ -326,7 +326,7 @@ def test_follow_ups_are_found_though_their_worker_died_before_it_told(patient: S
     queue.settle(patient, registry, job, State.DONE)
     patient.db.turns.delete_many({})
     assert queue.claim(patient.db, "default", 60) is None
-    patient.db.jobs.update_one({"_id": fresh.id}, {"$set": {"wake": clock.now()}})
+    patient.db.jobs.update_one({"_id": fresh.id, "wake": {"$exists": True}}, {"$set": {"wake": clock.now()}})
     assert reconciler.reopen(patient) == 1
     found = queue.claim(patient.db, "default", 60)
     assert found is not None

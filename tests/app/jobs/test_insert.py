@@ -52,7 +52,7 @@ def test_jobs_of_a_transaction_are_found_though_nobody_opened_their_turn(store: 
     queue.transact(store, lambda session: queue.insert(store.db, [caused()], session=session))
     assert queue.claim(store.db, "default", 60) is None
     assert reconciler.reopen(store) == 0, "whoever made it may still be about to open it"
-    store.db.jobs.update_one({}, {"$set": {"wake": clock.now() - timedelta(seconds=1)}})
+    store.db.jobs.update_one({"wake": {"$exists": True}}, {"$set": {"wake": clock.now() - timedelta(seconds=1)}})
     assert reconciler.reopen(store) == 1
     found = queue.claim(store.db, "default", 60)
     assert found is not None

@@ -36,7 +36,7 @@ def own_redis(run_directory: Path) -> Iterator[RedisServer]:
 def environment(settings: Settings, own_redis: RedisServer) -> dict[str, str]:
     return {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'app'}",
         "QUERN_MONGODB_URI": settings.mongodb_uri.get_secret_value(),
         "QUERN_MONGODB_DATABASE": settings.mongodb_database,
         "QUERN_REDIS_QUEUE_URL": own_redis.url,
