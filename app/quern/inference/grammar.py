@@ -8,6 +8,8 @@ to the grammar, which matches them without backtracking.
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -17,9 +19,13 @@ from llama_cpp.llama_grammar import SchemaConverter
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_DEPTH = 24
-MAX_REPETITIONS = 2000
+#: llama.cpp refuses grammars that repeat much more. A higher upper bound is left to the validation.
+MAX_REPETITIONS = 500
+#: Regular expressions are unrolled by their counts, nested ones by the product of them.
+MAX_PATTERN_LENGTH, MAX_PATTERN_PRODUCT = 500, 5_000
 MAX_GRAMMAR_BYTES = 512 * 1024
-_COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+_LOWER_BOUNDS = frozenset({"minLength", "minItems", "minProperties"})
+_UPPER_BOUNDS = frozenset({"maxLength", "maxItems"})
 #: Keywords that the grammar would let pass and whose check costs more than it is worth, or may run away.
 _REFUSED = frozenset(
     {"patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$anchor", "$id"}
@@ -79,12 +85,33 @@ def _check_part(part: Any, pointer: str, depth: int) -> None:
                 )
             if key in _REFUSED and not pointer.endswith("/properties"):
                 raise SchemaRefusedError(f"{pointer}/{key}: this keyword is not supported")
-            if key in _COUNTS and isinstance(value, int) and value > MAX_REPETITIONS:
+            if key == "pattern" and isinstance(value, str):
+                _check_pattern(value, f"{pointer}/{key}")
+            if key in _LOWER_BOUNDS and isinstance(value, int) and value > MAX_REPETITIONS:
                 raise SchemaRefusedError(f"{pointer}/{key}: expected at most {MAX_REPETITIONS}, found {value}")
             _check_part(value, f"{pointer}/{key}", depth + 1)
     elif isinstance(part, list):
         for index, value in enumerate(part):
             _check_part(value, f"{pointer}/{index}", depth + 1)
+
+
+def _check_pattern(pattern: str, pointer: str) -> None:
+    product = math.prod(max(1, int(count)) for count in re.findall(r"(\d+),?\}", pattern))
+    if len(pattern) > MAX_PATTERN_LENGTH or product > MAX_PATTERN_PRODUCT:
+        raise SchemaRefusedError(f"{pointer}: expected a shorter pattern with fewer repetitions")
+
+
+def _without_high_bounds(part: Any) -> Any:
+    """A copy in which upper bounds too high for a grammar are left out."""
+    if isinstance(part, list):
+        return [_without_high_bounds(value) for value in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        key: _without_high_bounds(value)
+        for key, value in part.items()
+        if not (key in _UPPER_BOUNDS and isinstance(value, int) and value > MAX_REPETITIONS)
+    }
 
 
 def grammar_for(schema: dict[str, Any]) -> str:
@@ -94,7 +121,7 @@ def grammar_for(schema: dict[str, Any]) -> str:
         SchemaRefusedError: the schema is not well-formed, or has no grammar.
     """
     check_schema(schema)
-    own = json.loads(json.dumps(schema))  # the converter writes into what it is given
+    own = _without_high_bounds(schema)  # a copy: the converter writes into what it is given
     converter: Any = _CONVERTER(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
     try:
         converter.visit(converter.resolve_refs(own, ""), "")

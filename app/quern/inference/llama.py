@@ -7,8 +7,10 @@ fault in native code ends that process. Interfaces: llama.cpp's `include/llama.h
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -305,11 +307,25 @@ class Context:
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
+@contextmanager
+def _without_standard_error() -> Iterator[None]:
+    """llama.cpp prints a grammar that it cannot read, and a tenant's schema has no place in a log."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class Grammar:
     """A GBNF grammar's state along one answer."""
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
-        self._handle = api.llama_sampler_init_grammar(vocabulary.handle, text.encode(), b"root")
+        with _without_standard_error():
+            self._handle = api.llama_sampler_init_grammar(vocabulary.handle, text.encode(), b"root")
         if not self._handle:
             raise LlamaError("llama.cpp cannot read this grammar")
 

@@ -62,7 +62,8 @@ def test_json_mode_refuses_endless_blanks(model: llama.Model) -> None:
         ({"type": "object", "properties": {"a": {"$ref": "http://x"}}}, "/properties/a/\\$ref"),
         ({"type": "no-such-type"}, "not a JSON Schema"),
         ({"type": "object", "properties": []}, "not a JSON Schema"),
-        ({"type": "string", "maxLength": 10**9}, "expected at most 2000"),
+        ({"type": "string", "minLength": 10**9}, "expected at most 500"),
+        ({"type": "string", "pattern": "^(a{0,3000}){0,3000}$"}, "/pattern: expected a shorter pattern"),
         ({"type": "object", "patternProperties": {"(a+)+$": {}}}, "not supported"),
         ({"enum": ["x" * 70_000]}, "at most 65536 bytes"),
     ],
@@ -70,6 +71,26 @@ def test_json_mode_refuses_endless_blanks(model: llama.Model) -> None:
 def test_unusable_schemas_are_refused_with_the_place(schema: dict[str, Any], complaint: str) -> None:
     with pytest.raises(grammar.SchemaRefusedError, match=complaint):
         grammar.grammar_for(schema)
+
+
+def test_an_upper_bound_too_high_for_a_grammar_is_left_to_the_validation(model: llama.Model) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 9000}}, "required": ["a"]}
+    assert _accepts(model, grammar.grammar_for(schema), '{"a": "short"}')
+    with pytest.raises(grammar.AnswerRefusedError, match="maxLength"):
+        grammar.parse_answer('{"a": "' + "x" * 9001 + '"}', schema)
+
+
+def test_the_highest_bounds_make_a_grammar_that_llama_takes(model: llama.Model) -> None:
+    schema = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": grammar.MAX_REPETITIONS}
+    assert _accepts(model, grammar.grammar_for(schema), '["a", "b"]')
+
+
+def test_a_grammar_that_cannot_be_read_leaves_no_trace_in_a_log(
+    model: llama.Model, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(llama.LlamaError):
+        llama.Grammar(model.vocabulary, "root ::= SECRET SECRET(")
+    assert "SECRET" not in capfd.readouterr().err
 
 
 def test_a_schema_that_is_too_deep_is_refused() -> None:
