@@ -142,7 +142,7 @@ def ask(client: Client, jobs: list[str], asked: Asked) -> None:
 
 
 def measure(stack: Stack, jobs: int, seed: int) -> list[Sample]:
-    """Samples of about `jobs` jobs."""
+    """Samples of at least `jobs` jobs, but for those that end while they are asked."""
     rng = random.Random(seed)
     client, form = prepare(stack)
     comments = texts()
@@ -152,7 +152,7 @@ def measure(stack: Stack, jobs: int, seed: int) -> list[Sample]:
     wait_for_end(stack)
     asked: Asked = {}
     kinds: dict[str, str] = {}
-    while len(kinds) < jobs:
+    while len(asked) < jobs:
         burst: list[str] = []
         for _ in range(rng.randint(1, 8)):
             made = submit(client, form, rng.choice(comments))

@@ -89,11 +89,11 @@ def worker(queue: str, concurrency: int | None) -> None:
     from quern.jobs.model import Queue
     from quern.jobs.worker import Worker
 
-    _prepare(f"worker-{queue}")
+    stop = _prepare(f"worker-{queue}")
     runtime = open_runtime()
     if queue == Queue.BATCHED:
         concurrency = concurrency or runtime.settings.engine_parallel
-    Worker(runtime.store, runtime.registry, runtime.waker, Queue(queue), concurrency).run()
+    Worker(runtime.store, runtime.registry, runtime.waker, Queue(queue), concurrency).run(stop)
 
 
 @click.command()

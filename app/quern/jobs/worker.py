@@ -119,8 +119,11 @@ class Worker:
         self._claim: Combiner[None, Job | None] = Combiner(self._claim_for)
         self._ends: Ends[_Ending] = Ends(self._write_ends)
 
-    def run(self) -> None:
-        """Consume until SIGINT (finish what runs, then hand leases back) or SIGTERM (hand them back at once)."""
+    def run(self, stop: threading.Event | None = None) -> None:
+        """Consume until SIGINT (finish what runs, then hand leases back) or SIGTERM (hand them back at once).
+
+        `stop`: set by whoever caught a signal before Huey's consumer took the signals over.
+        """
         settings = self._store.settings
         huey = wake.make_huey(self._queue.value, self._store.redis_queue_url, timeout=5.0)
         wake.bind(huey, self.drain)
@@ -141,6 +144,8 @@ class Worker:
         )
         threading.Thread(target=self._drain_at_start, name="first drain", daemon=True).start()
         threading.Thread(target=self._announce, name="announcer", daemon=True).start()
+        if stop is not None:
+            threading.Thread(target=_pass_on, args=(stop, consumer.stop_flag), name="early stop", daemon=True).start()
         consumer.run()
         self._hand_back()
         self._leave()
@@ -363,3 +368,8 @@ class Worker:
                         _log.exception("could not write how a job ended", extra={"job": job.id, "kind": job.kind})
                     return None
                 time.sleep(0.2)
+
+
+def _pass_on(stop: threading.Event, flag: threading.Event) -> None:
+    stop.wait()
+    flag.set()

@@ -107,6 +107,27 @@ def test_who_does_not_have_the_key_cannot_forge_a_chain(sealed: Store) -> None:
     assert len(chain.verify(sealed.db, KEY).problems) == 20
 
 
+def test_one_entry_cannot_be_replaced_even_with_the_key(sealed: Store) -> None:
+    """Each seal covers the one before it: whoever changes one entry must seal all that follow anew, and that shows
+    against any head noted since."""
+    noted = chain.head(sealed.db)
+    document = sealed.db.audit.find_one({"seq": 12})
+    before = sealed.db.audit.find_one({"seq": 11})
+    assert document is not None
+    assert before is not None
+    document["actor"] = "key_2"
+    document["seal"] = chain.seal_of(KEY, before["seal"], document, 12)
+    sealed.db.audit.replace_one({"seq": 12}, document)
+    [problem] = chain.verify(sealed.db, KEY).problems
+    assert "entry 13 " in problem
+    previous = document["seal"]
+    for later in list(sealed.db.audit.find({"seq": {"$gt": 12}}).sort("seq", 1)):
+        previous = chain.seal_of(KEY, previous, later, later["seq"])
+        sealed.db.audit.update_one({"_id": later["_id"]}, {"$set": {"seal": previous}})
+    assert chain.verify(sealed.db, KEY).problems == []
+    assert len(chain.verify(sealed.db, KEY, expect=noted).problems) == 1
+
+
 def test_many_sealers_at_once_make_one_chain(store: Store) -> None:
     """Entries keep coming meanwhile, and their identifiers come in no order."""
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""A process of the queue with handlers for tests: `python -m tests.app.jobs.serve worker|scheduler|die`.
+"""A process of the queue with handlers for tests: `python -m tests.app.jobs.serve worker|stopped|scheduler|die`.
 
 Settings come from the environment, as in production. Each run of a job is noted in `effects`.
 """
@@ -60,6 +60,10 @@ def main() -> None:
     waker = Waker(store.redis_queue_url)
     if sys.argv[1] == "worker":
         Worker(store, REGISTRY, waker, Queue.DEFAULT).run()
+    elif sys.argv[1] == "stopped":
+        stop = threading.Event()
+        stop.set()
+        Worker(store, REGISTRY, waker, Queue.DEFAULT).run(stop)
     elif sys.argv[1] == "scheduler":
         scheduler.main(store, REGISTRY, waker, [], [], threading.Event())
     elif sys.argv[1] == "die":

@@ -169,3 +169,8 @@ def test_an_enqueue_that_dies_between_commit_and_wake_up_finishes(
 def test_a_worker_says_how_much_it_does_at_once(store: Store, start: Start) -> None:
     start("worker")
     wait_until(lambda: capacity.of(store.db, "default") == 4, "the worker to announce itself")
+
+
+def test_a_worker_that_was_stopped_while_it_started_ends(start: Start) -> None:
+    process = start("stopped")
+    wait_until(lambda: process.pid is None, "the worker to end")

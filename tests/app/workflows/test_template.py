@@ -1,5 +1,7 @@
 """Templates: text from values, and no way to anything else."""
 
+import tracemalloc
+
 import pytest
 
 from quern.workflows import template
@@ -103,8 +105,14 @@ def test_what_could_call_or_use_up_the_process_is_refused_when_it_is_written(sou
     ],
 )
 def test_a_text_that_would_grow_without_bound_is_not_made(source: str) -> None:
-    with pytest.raises(template.RenderError):
-        template.render(template.check(source), VALUES)
+    """Not even for a moment, in memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(template.RenderError):
+            template.render(template.check(source), VALUES)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_answer_is_never_a_template() -> None:
