@@ -101,6 +101,22 @@ def test_a_killed_workers_jobs_are_done_by_the_next(store: Store, start: Start) 
     assert events(read(store, identity)) == ["queued", "running", "rescued", "running", "done"]
 
 
+def test_a_worker_that_slept_through_its_lease_writes_nothing(store: Store, start: Start) -> None:
+    """A suspended machine, a long stall: it wakes up and believes that the job is still its own."""
+    start("scheduler")
+    sleeper = start("worker")
+    [identity] = enqueue(store, new_job("nap", payload={"seconds": 1.0, "stubborn": True}))
+    wait_until(lambda: is_running(store, identity), "the job to begin")
+    assert sleeper.pid is not None
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    start("worker")
+    wait_until(lambda: all_done(store, [identity]), "the job to be done by another worker")
+    done = read(store, identity)
+    os.kill(sleeper.pid, signal.SIGCONT)
+    wait_until(lambda: "lost the lease" in sleeper.log.read_text(), "the sleeper to notice")
+    assert read(store, identity) == done
+
+
 @pytest.mark.parametrize(("number", "stubborn"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_stopped_worker_hands_its_leases_back_at_once(
     store: Store, start: Start, number: signal.Signals, stubborn: bool
