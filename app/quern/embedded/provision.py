@@ -91,7 +91,13 @@ def nginx_binary() -> Path:
 
 def _fetch_nginx(folder: Path) -> None:
     # As root, apt would drop to a user who cannot write here, and warn about it.
-    _run(["apt-get", "-o", "APT::Sandbox::User=root", "download", "nginx"], folder)
+    download = ["apt-get", "-o", "APT::Sandbox::User=root", "download", "nginx"]
+    try:
+        _run(download, folder)
+    except RuntimeError:
+        # The package lists are missing or old.
+        _run(["apt-get", "-o", "DPkg::Lock::Timeout=600", "update"], folder)
+        _run(download, folder)
     (package,) = folder.glob("nginx_*.deb")
     _run(["dpkg", "-x", package.name, "."], folder)
     package.unlink()
