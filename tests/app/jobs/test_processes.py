@@ -148,7 +148,8 @@ def test_a_drained_worker_finishes_what_it_can(store: Store, start: Start) -> No
 def test_emptying_redis_at_any_time_loses_nothing(store: Store, start: Start, own_redis: RedisServer) -> None:
     start("scheduler")
     start("worker")
-    ids: list[str] = []
+    ids = enqueue(store, new_job("nothing"))
+    wait_until(lambda: all_done(store, ids), "the worker to be at work")
     with Redis.from_url(own_redis.url) as redis:
         for _ in range(30):
             ids += enqueue(store, *(new_job("nothing", tenant=f"ten_{number}") for number in range(5)))
