@@ -16,7 +16,8 @@ from quern.store.connection import EPHEMERAL, Db, Document
 
 #: Beyond this many jobs the place is a lower bound.
 MOST = 10_000
-_WEIGHT = 0.1
+#: Of the newest job in the mean: some ten jobs later the old pace is forgotten, for a machine's load changes.
+_WEIGHT = 0.2
 _UNKNOWN = 1.0
 #: Share of its kind's mean that a job is expected to need still when it is over that mean.
 _OVERDUE = 0.25
