@@ -97,9 +97,7 @@ def _add_errors(app: Flask, settings: Settings) -> None:
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:
-        return answer(
-            Problem(413, f"the body is too large; at most {settings.max_body_bytes} bytes are accepted")
-        )
+        return answer(Problem(413, f"the body is too large; at most {settings.max_body_bytes} bytes are accepted"))
 
     @app.errorhandler(HTTPException)
     def http(error: HTTPException) -> Response:

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-import orjson
 import pymongo
 import pymongo.errors
 from flask import Blueprint, Response, current_app, g, request
-from opentelemetry import trace
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pymongo.client_session import ClientSession
 from redis.exceptions import RedisError
@@ -315,13 +313,7 @@ def _answer(body: bytes, status: int, headers: dict[str, str]) -> Response:
 
 def dump(model: BaseModel) -> bytes:
     """A model as JSON: times in RFC 3339 with `Z`, unset optional members left out."""
-    return orjson.dumps(model.model_dump(mode="json", by_alias=True, exclude_none=False))
-
-
-def traceparent() -> str:
-    """The current span's W3C traceparent."""
-    context = trace.get_current_span().get_span_context()
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+    return model.model_dump_json(by_alias=True).encode()
 
 
 def observe(began: float, status: int) -> None:

@@ -12,12 +12,13 @@ import pymongo
 from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, TypeAdapter, ValidationError
 
 from quern.api.moment import Moment
-from quern.api.operation import Call, Edge, Reply, traceparent
+from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery, page
 from quern.api.problem import Fault, Problem, invalid, not_found
 from quern.forms import form as forms
 from quern.forms.fields import MAX_DEPTH, NAME, FormDefinition, GroupField, check_answers, compiled
 from quern.jobs.wake import RELAY
+from quern.observe.traces import traceparent
 from quern.responses import intake
 from quern.responses import response as store
 from quern.store.connection import Document

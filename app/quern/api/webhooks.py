@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from quern.api.jobs import Job
 from quern.api.jobs import show as show_job
 from quern.api.moment import Moment
-from quern.api.operation import Call, Edge, Reply, traceparent
+from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery
 from quern.api.problem import Fault, Problem, not_found
 from quern.jobs import queue
 from quern.jobs.model import NewJob, State
+from quern.observe.traces import traceparent
 from quern.store import clock, cursor, identifier
 from quern.webhooks import deliveries, endpoints
 from quern.webhooks.endpoints import DisabledReason, EndpointChange, EndpointDraft

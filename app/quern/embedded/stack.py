@@ -129,7 +129,8 @@ class Stack:
         socket, host = (bind.removeprefix("unix:"), "localhost") if bind.startswith("unix:") else (None, bind)
         try:
             with httpcore2.ConnectionPool(uds=socket) as pool:
-                return pool.request("GET", f"http://{host}/healthz", extensions={"timeout": {"read": 2.0}}).status == 200
+                url = f"http://{host}/healthz"
+                return pool.request("GET", url, extensions={"timeout": {"read": 2.0}}).status == 200
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException):
             return False
 

@@ -8,14 +8,25 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import (
+    BulkWriteError,
+    DuplicateKeyError,
+    PyMongoError,
+    WriteConcernError,
+    WriteError,
+    WTimeoutError,
+)
 from pymongo.read_concern import ReadConcern
 
 from quern.audit.entry import canonical, content_key, content_mac, entry
 from quern.observe import metrics
 from quern.store import clock, identifier
+from quern.store.combine import Combiner
 from quern.store.connection import Db, Document
 from quern.tenants.keys import Principal
+
+_WRITE_CONCERN_FAILED = 64
+_DUPLICATE_KEY = 11000
 
 
 class SubmittedBeforeError(Exception):
@@ -86,11 +97,50 @@ def accept(db: Db, submission: Submission) -> Document:
     if submission.idempotency_key is not None:
         document["fingerprint"] = submission.fingerprint
     try:
-        db.responses.insert_one(document)
+        _keep((db, document))
     except DuplicateKeyError:
         raise SubmittedBeforeError(response) from None
     metrics.ACCEPTED.inc()
     return document
+
+
+def _insert(wanted: list[tuple[Db, Document]]) -> list[PyMongoError | None]:
+    """Insert the responses of several requests at once; for each what went wrong with it, or None."""
+    if len(wanted) == 1:
+        db, document = wanted[0]
+        db.responses.insert_one(document)
+        return [None]
+    clients = {id(db.client): db for db, _ in wanted}
+    outcomes: list[PyMongoError | None] = [None] * len(wanted)
+    for client, db in clients.items():
+        places = [place for place, (other, _) in enumerate(wanted) if id(other.client) == client]
+        for place, error in zip(places, _insert_together(db, [wanted[place][1] for place in places]), strict=True):
+            outcomes[place] = error
+    return outcomes
+
+
+def _insert_together(db: Db, documents: list[Document]) -> list[PyMongoError | None]:
+    outcomes: list[PyMongoError | None] = [None] * len(documents)
+    try:
+        db.responses.insert_many(documents, ordered=False)
+    except BulkWriteError as failure:
+        details = failure.details
+        for concern in details.get("writeConcernErrors", []):
+            # Written, but not known to be durable: to each of them as if it had come alone.
+            code, text = concern.get("code"), concern.get("errmsg", "the write concern failed")
+            outcomes = [WTimeoutError(text, code) if code == _WRITE_CONCERN_FAILED else WriteConcernError(text, code)]
+            outcomes *= len(documents)
+        for wrong in details.get("writeErrors", []):
+            kind = DuplicateKeyError if wrong["code"] == _DUPLICATE_KEY else WriteError
+            outcomes[wrong["index"]] = kind(wrong.get("errmsg", ""), wrong["code"], wrong)
+    except PyMongoError as failure:
+        # The client's side failed: none of them may be acknowledged.
+        outcomes = [failure] * len(documents)
+    return outcomes
+
+
+#: Two batches on their way: while one waits for the journal the next is sent.
+_keep: Combiner[tuple[Db, Document], None] = Combiner(_insert, at_once=2)
 
 
 def submitted(db: Db, tenant: str, form: str, idempotency_key: str) -> Document | None:

@@ -17,7 +17,6 @@ from quern.store.connection import Db, Document
 INDEXES = {
     "responses": [
         IndexModel([("outbox.at", ASCENDING)], sparse=True, name="outbox"),
-        IndexModel([("tenant", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_tenant"),
         IndexModel(
             [("tenant", ASCENDING), ("form", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_form"
         ),

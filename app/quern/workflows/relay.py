@@ -18,13 +18,15 @@ from quern.jobs.model import NewJob
 from quern.jobs.wake import RELAY, Waker, make_huey
 from quern.observe import metrics
 from quern.store import clock
-from quern.store.connection import Document, Store
+from quern.store.connection import EPHEMERAL, Db, Document, Store
 from quern.workflows import run
 from quern.workflows.definition import parsed
 
 _log = logging.getLogger(__name__)
 _BATCH = 200
 _CLEAR_SECONDS = 5.0
+#: Seconds between two batches that are not full.
+_BREATH = 0.02
 
 
 def drain(store: Store, versions: Versions, waker: Waker) -> int:
@@ -49,26 +51,28 @@ def drain(store: Store, versions: Versions, waker: Waker) -> int:
             done.append(UpdateOne(this, {"$rename": {"outbox": "unrelayed"}}))
         else:
             done.append(UpdateOne(this, {"$unset": {"outbox": ""}}))
-    opened = queue.insert(db, jobs)
-    _record(store, [response["outbox"]["audit"] for response in found])
+    # Nothing here waits for the journal. It is a sequence: whatever a power cut takes, it takes the end of it, so an
+    # outbox is never gone without the jobs and the audit entry that it made before; else it is relayed again.
+    unhurried = db.with_options(write_concern=EPHEMERAL)
+    opened = queue.insert(unhurried, jobs)
+    _record(unhurried, [response["outbox"]["audit"] for response in found])
     turns.open_many(db, opened)
-    # Last, and journaled: from here on the jobs stand by themselves.
-    _clear(store, done)
+    _clear(unhurried, done)
     metrics.FANNED_OUT.inc(len(found))
     waker.wake_all(opened)
     return len(found)
 
 
-def _clear(store: Store, done: list[UpdateOne]) -> None:
+def _clear(db: Db, done: list[UpdateOne]) -> None:
     try:
         with pymongo.timeout(_CLEAR_SECONDS):
-            store.db.responses.bulk_write(done, ordered=False)
+            db.responses.bulk_write(done, ordered=False)
     except PyMongoError as error:
         if not error.timeout:
             raise
         # One of them is in somebody's transaction; it comes again with the next batch, and holds up no other.
         for one in done:
-            queue.unless_locked(partial(store.db.responses.bulk_write, [one]))
+            queue.unless_locked(partial(db.responses.bulk_write, [one]))
 
 
 def _jobs(store: Store, versions: Versions, response: Document) -> list[NewJob]:
@@ -78,9 +82,9 @@ def _jobs(store: Store, versions: Versions, response: Document) -> list[NewJob]:
     return run.jobs(parsed(version.workflow), response)
 
 
-def _record(store: Store, entries: list[Document]) -> None:
+def _record(db: Db, entries: list[Document]) -> None:
     try:
-        store.db.audit.insert_many(entries, ordered=False)
+        db.audit.insert_many(entries, ordered=False)
     except BulkWriteError as error:
         if any(item.get("code") != 11000 for item in error.details.get("writeErrors", [])):
             raise
@@ -93,8 +97,10 @@ def main(store: Store, waker: Waker, stop: threading.Event) -> None:
     huey.storage.read_timeout = 0.5
     while not stop.is_set():
         try:
-            while not stop.is_set() and drain(store, versions, waker):
-                pass
+            while not stop.is_set() and (relayed := drain(store, versions, waker)):
+                # While responses keep coming, fewer and fuller batches: intake needs the processor more.
+                if relayed < _BATCH:
+                    stop.wait(_BREATH)
         except PyMongoError as error:
             _log.warning("the relay waits for the database", extra={"error": type(error).__name__})
             stop.wait(0.5)
