@@ -100,7 +100,7 @@ class Runtime:
         """What keeps this process from serving; empty when nothing does."""
         problems = []
         try:
-            with pymongo.timeout(1.0):
+            with pymongo.timeout(3.0):
                 self.store.client.admin.command("ping")
         except PyMongoError as error:
             problems.append(f"MongoDB: {type(error).__name__}")
