@@ -191,7 +191,7 @@ class Worker:
                 if self._stopping():
                     return
                 self._claiming += 1
-            stop = threading.Event()
+            stop, asked = threading.Event(), time.monotonic()
             try:
                 job = self._claim(None)
                 if job is None:
@@ -206,7 +206,7 @@ class Worker:
                 with self._claims:
                     self._claiming -= 1
                     self._claims.notify_all()
-            self._work(job, stop)
+            self._work(job, stop, asked)
         self._ends.flush()
 
     def _claim_for(self, askers: list[None]) -> list[Job | BaseException | None]:
@@ -220,10 +220,10 @@ class Worker:
         """Run a claimed job and write how it ended."""
         stop = threading.Event()
         self._leases.hold(job, stop)
-        self._work(job, stop)
+        self._work(job, stop, time.monotonic())
         self._ends.flush()
 
-    def _work(self, job: Job, stop: threading.Event) -> None:
+    def _work(self, job: Job, stop: threading.Event, asked: float) -> None:
         token = logs.request_id.set(job.request_id)
         began = time.monotonic()
         state: str | None = "lost"
@@ -242,6 +242,9 @@ class Worker:
             self._ends.put(_Ending(verdict, seconds))
         else:
             self._observe(job, verdict, seconds)
+        if State.DONE.value == (verdict.state.value if isinstance(verdict, queue.End) else verdict):
+            # From the claim on: what stands behind this job waited for that as well.
+            self._learn(job, time.monotonic() - asked)
 
     def _write_ends(self, endings: list[_Ending]) -> None:
         ends, now = [ending.end for ending in endings], clock.now()
@@ -269,8 +272,6 @@ class Worker:
 
     def _observe(self, job: Job, state: str, seconds: float) -> None:
         metrics.JOB_SECONDS.labels(job.queue.value, job.kind).observe(seconds)
-        if state == State.DONE.value:
-            self._learn(job, seconds)
         metrics.ENDED.labels(job.queue.value, job.kind, state).inc()
 
     def _learn(self, job: Job, seconds: float) -> None:
