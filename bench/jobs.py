@@ -7,7 +7,7 @@ with threads, as the others do, and with its default, processes.
 ``drain``
     Jobs a second from a backlog: enqueued while the workers stand still, then timed until the last has ended.
 ``through``
-    Jobs a second from the first enqueue to the last end, while `--producers` threads of one process enqueue one by one.
+    Jobs a second from the first enqueue to the last end, while `--producers` threads of a process enqueue one by one.
 ``latency``
     From before the enqueue call to the first line of the handler, one job at a time on an idle queue.
 
@@ -15,12 +15,12 @@ What Quern acknowledges at enqueue is in the journal (`w: majority, j: true`); C
 in its file a second later. A job's handler appends one line to a file; the lines are the clock and the count. A job of
 Quern has ended when its end is journaled, one of Celery when Redis has its acknowledgement.
 
-Celery is none of the project's requirements: it gets a virtual environment of its own, from `bench/requirements-peers.txt`::
+Celery is none of the project's requirements. It gets a virtual environment of its own::
 
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install --require-hashes -r bench/requirements-peers.txt
     .venv/bin/python bench/jobs.py run --peers /tmp/peers/bin/python --jobs 2000 --rounds 3
 
-Prints a table of medians, the ratios within each round, and what was lost or done twice; exits 1 when anything was lost.
+Prints a table of medians, the ratios within each round, and what was lost or begun twice; exits 1 if any was lost.
 """
 
 import argparse
@@ -46,7 +46,7 @@ LINE = 34
 LIMIT_SECONDS = 60.0
 
 
-# --- What the workers do -----------------------------------------------------------------------------------------------
+# --- What the workers do ---------------------------------------------------------------------------------------------
 
 
 class Ledger:
@@ -74,7 +74,7 @@ def begun(folder: Path) -> list[tuple[int, float]]:
     return [(int(number), float(at)) for number, at in lines]
 
 
-# --- The three systems: how each works, enqueues, and knows that all has ended ---------------------------------------------
+# --- The three systems: how each works, enqueues, and knows that all has ended ---------------------------------------
 
 
 def quern_worker(folder: Path, concurrency: int) -> None:
@@ -230,7 +230,7 @@ def produce(system: str, folder: Path, redis_socket: str) -> None:
         )
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------------
+# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -406,10 +406,10 @@ def run(args: argparse.Namespace) -> int:
                     bench.signal(signal.SIGSTOP)
         done = store.db.jobs.count_documents({"state": "done"})
         print(
-            f"{args.workers} worker processes of {args.concurrency}, {args.producers} producers, {args.rounds} rounds of"
+            f"{args.workers} worker processes of {args.concurrency}, {args.producers} producers, {args.rounds} rounds"
         )
         print(
-            f"{args.jobs} jobs and {args.singles} single ones; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
+            f"of {args.jobs} jobs and {args.singles} single ones; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
         )
         print(table(benches))
         print(f"\nQuern's ended jobs by its database: {done} of {benches['quern'].given}")

@@ -5,8 +5,8 @@ cause always names the same thing.
 """
 
 import hashlib
+import random
 import re
-import secrets
 import time
 from typing import Final
 
@@ -19,7 +19,9 @@ _SHAPE: Final = re.compile(PATTERN)
 
 def new(prefix: str) -> str:
     """A fresh identifier, sortable by time within its prefix: a ULID, of 48 bits of milliseconds and 80 random ones."""
-    return f"{prefix}_{_base32(time.time_ns() // 1_000_000 << 80 | secrets.randbits(80))}"
+    # Names, not secrets. The kernel's randomness would give the interpreter's lock away, which costs a busy process
+    # more than the rest of this; a forked process seeds its own.
+    return f"{prefix}_{_base32(time.time_ns() // 1_000_000 << 80 | random.getrandbits(80))}"
 
 
 def derived(prefix: str, *parts: str) -> str:
