@@ -2,7 +2,7 @@
 
 Both write the same bytes with the same durability, at 1, 16 and 64 clients, in turns (bare, Quern, bare, …) so
 that a noisy machine hits both. Quern is driven by `wrk` straight at the API's TCP port; the relay runs, workers do not.
-The bare writer is one Python process of as many threads as there are clients, with one MongoClient, over the UNIX socket.
+The bare writer is one Python process of as many threads as there are clients, with one MongoClient, on the UNIX socket.
 
     .venv/bin/python bench/intake.py --seconds 8 --rounds 3
 """
@@ -41,7 +41,7 @@ FORM = {
     ],
     "workflow": {
         "steps": [
-            {"name": "mail", "type": "email", "to": ["a@example.org"], "subject": "New", "body": "{{ response.id }}"}
+            {"name": "mail", "type": "email", "to": ["a@example.org"], "subject": "New", "body": "{{ response.id }}"},
         ]
     },
 }
@@ -119,9 +119,7 @@ def main() -> None:
         client.call("POST", f"/api/v1/forms/{form}/publish")
         client.call("POST", f"/api/v1/forms/{form}/responses", {"answers": ANSWERS})
         sample = db.responses.find_one({"form": form}) or {}
-        print(
-            f"{'clients':>8} {'bare/s':>9} {'quern/s':>9} {'ratio':>6} {'p99':>9}   (medians of {arguments.rounds} rounds)"
-        )
+        print(f"{'clients':>8} {'bare/s':>9} {'quern/s':>9} {'ratio':>6} {'p99':>9}   ({arguments.rounds} rounds)")
         for clients in arguments.clients:
             rates: list[tuple[float, float, str]] = []
             for _ in range(arguments.rounds):

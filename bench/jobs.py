@@ -115,7 +115,7 @@ def quern_enqueue() -> Callable[[int], None]:
 
 
 def celery_app(folder: Path, broker: str, name: str) -> Any:
-    from celery import Celery  # type: ignore[import-untyped]
+    from celery import Celery  # type: ignore[import-not-found]
 
     app = Celery(name, broker=broker, set_as_current=True)
     app.conf.update(
@@ -405,11 +405,10 @@ def run(args: argparse.Namespace) -> int:
                     measure(bench, args)
                     bench.signal(signal.SIGSTOP)
         done = store.db.jobs.count_documents({"state": "done"})
+        print(f"{args.workers} worker processes of {args.concurrency}, {args.producers} producers")
         print(
-            f"{args.workers} worker processes of {args.concurrency}, {args.producers} producers, {args.rounds} rounds"
-        )
-        print(
-            f"of {args.jobs} jobs and {args.singles} single ones; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
+            f"{args.rounds} rounds of {args.jobs} jobs and {args.singles} single ones; "
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
         )
         print(table(benches))
         print(f"\nQuern's ended jobs by its database: {done} of {benches['quern'].given}")

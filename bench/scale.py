@@ -85,7 +85,10 @@ class Side:
             return False
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        headers: dict[bytes | str, bytes | str] = {
+            "Authorization": f"Bearer {self.key}",
+            "Content-Type": "application/json",
+        }
         content = json.dumps(body).encode() if body is not None else b""
         answer = self.pool.request(method, f"http://localhost{path}", headers=headers, content=content)
         if answer.status >= 300:
