@@ -46,8 +46,14 @@ class Receiver:
     """
 
     def __init__(
-        self, *, port: int = 0, certificate: ServerCertificate | None = None, default: Answer | None = None
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        certificate: ServerCertificate | None = None,
+        default: Answer | None = None,
     ) -> None:
+        self.host = host
         self.port = port
         self.default = default or Answer()
         self._certificate = certificate
@@ -69,7 +75,7 @@ class Receiver:
     @property
     def url(self) -> str:
         """The base URL, without a trailing slash."""
-        return f"{'https' if self._certificate else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self._certificate else 'http'}://{self.host}:{self.port}"
 
     @property
     def requests(self) -> list[ReceivedRequest]:
@@ -129,7 +135,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, receiver: Receiver, port: int, certificate: ServerCertificate | None) -> None:
         self.receiver = receiver
         self.tls = certificate.server_context() if certificate else None
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__((receiver.host, port), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: a client that hangs up is part of the tests."""

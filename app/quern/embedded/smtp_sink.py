@@ -48,6 +48,7 @@ class SmtpSink:
     def __init__(
         self,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
         tls: Tls = "none",
         certificate: ServerCertificate | None = None,
@@ -57,7 +58,7 @@ class SmtpSink:
             raise ValueError(f"SMTP sink: tls={tls!r} expects a certificate, found none; call issue_certificate")
         if tls == "none" and credentials is not None:
             raise ValueError("SMTP sink: credentials expect tls='starttls' or tls='implicit', found tls='none'")
-        self.host = "127.0.0.1"
+        self.host = host
         self.port = port
         self.authority: Path | None = certificate.authority if certificate else None
         self._tls = tls

@@ -1,0 +1,82 @@
+"""nginx: TLS as promised, nothing of the operator's from outside, problem documents for refusals."""
+
+import json
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+from tests.host.conftest import Place
+
+
+def get(url: str, trusting: ssl.SSLContext, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), context=trusting, timeout=30) as answer:
+            return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [(ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_3, True)],
+)
+def test_old_tls_is_refused(place: Place, host: Host, version: ssl.TLSVersion, accepted: bool) -> None:
+    context = ssl.create_default_context(cadata=host.file("/etc/quern/tls/authority.pem").content_string)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = version
+    try:
+        with (
+            socket.create_connection((place.address, 443), timeout=20) as plain,
+            context.wrap_socket(plain, server_hostname=place.address) as wrapped,
+        ):
+            assert wrapped.version() == version.name.replace("_", ".")
+    except ssl.SSLError:
+        assert not accepted
+    else:
+        assert accepted
+
+
+def test_http_leads_to_tls(place: Place) -> None:
+    with socket.create_connection((place.address, 80), timeout=20) as plain:
+        plain.sendall(b"GET /x HTTP/1.1\r\nHost: quern.test\r\nConnection: close\r\n\r\n")
+        answer = plain.recv(4096).decode()
+    assert answer.startswith("HTTP/1.1 308 ")
+    assert "\r\nLocation: https://quern.test/x\r\n" in answer
+
+
+def test_browsers_are_told_to_insist_on_tls(place: Place, trusting: ssl.SSLContext) -> None:
+    status, headers, _ = get(f"{place.url}/healthz", trusting)
+    assert status == 200
+    assert headers["strict-transport-security"] == "max-age=31536000"
+    assert headers["server"] == "nginx"
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz"])
+def test_what_is_the_operators_is_not_served_outside(place: Place, trusting: ssl.SSLContext, path: str) -> None:
+    assert get(place.url + path, trusting)[0] == 404
+
+
+def test_a_large_body_is_refused_with_a_problem_document(place: Place, trusting: ssl.SSLContext) -> None:
+    request = urllib.request.Request(f"{place.url}/api/v1/forms", b"x" * (3 << 20), method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, context=trusting, timeout=30)
+    assert refused.value.code == 413
+    assert refused.value.headers["Content-Type"] == "application/problem+json"
+    assert json.load(refused.value)["status"] == 413
+
+
+def test_nothing_but_the_promised_ports_answers(place: Place, expected: dict[str, Any]) -> None:
+    candidates = [21, 22, 25, 53, 80, 111, 443, 3000, 5432, 6379, 8080, 8081, 9090, 9100, 9121, 9216, 9460, 27017]
+    answering = []
+    for port in candidates:
+        try:
+            socket.create_connection((place.address, port), timeout=2).close()
+        except OSError:
+            continue
+        answering.append(port)
+    assert answering == expected["open_ports"]
