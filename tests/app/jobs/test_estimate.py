@@ -31,7 +31,7 @@ def test_a_place_counts_ones_own_and_the_turns_of_the_others(at_work: Store) -> 
     mine = enqueue(at_work, *(new_job("slow", tenant="ten_a") for _ in range(3)))
     enqueue(at_work, *(new_job("slow", tenant="ten_b") for _ in range(100)))
     enqueue(at_work, new_job("slow", tenant="ten_c"))
-    assert [guess(at_work, job).place for job in mine] == [3, 5, 7]
+    assert {guess(at_work, job).place for job in mine} == {3, 5, 7}
 
 
 def test_all_of_a_better_priority_go_first_and_none_of_a_worse(at_work: Store) -> None:
