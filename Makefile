@@ -14,7 +14,7 @@ UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes 
 PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* .ci/*)
 SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* .ci/*)
 
-.PHONY: help setup demo demo-check test lint test-app format lock clean
+.PHONY: help setup demo demo-check test lint test-app test-host lint-ansible format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,25 @@ lint: setup ## style, types, shell, pinned requirements
 
 test-app: setup ## the Python package's tests, with real services
 	$(BIN)/python -m pytest tests/app tests/test_skip_policy.py
+
+ANSIBLE_VENV := .venv-ansible
+ANSIBLE_STAMP = $(ANSIBLE_VENV)/quern-requirements-$(shell sha256sum requirements-ansible.txt | cut -c1-16)
+
+$(ANSIBLE_STAMP):
+	python3 -m venv --clear $(ANSIBLE_VENV)
+	$(ANSIBLE_VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-ansible.txt
+	touch $@
+
+.PHONY: ansible
+ansible: $(ANSIBLE_STAMP) ## the environment that installs and tests hosts
+	@:
+
+test-host: setup ansible ## the whole site.yml on a blank Debian host in systemd-nspawn (root), then its tests
+	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" molecule test
+
+lint-ansible: ansible ## ansible-lint (production) and yamllint
+	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" ansible-lint site.yml playbooks roles
+	$(ANSIBLE_VENV)/bin/yamllint --strict site.yml playbooks roles inventory molecule tests/host
 
 format: setup ## mend what can be mended by itself
 	$(BIN)/ruff check --fix . $(PYTHON_SCRIPTS)

@@ -15,7 +15,9 @@ from tests.host.conftest import Place
 
 def get(url: str, trusting: ssl.SSLContext, **headers: str) -> tuple[int, dict[str, str], bytes]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), context=trusting, timeout=30) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), context=trusting, timeout=30
+        ) as answer:
             return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()

@@ -7,10 +7,10 @@ import urllib.request
 from typing import Any
 
 import pytest
-from quern.embedded.receiver import Receiver
-from quern.embedded.smtp_sink import SmtpSink
 from standardwebhooks.webhooks import Webhook
 
+from quern.embedded.receiver import Receiver
+from quern.embedded.smtp_sink import SmtpSink
 from tests.host.conftest import Place
 
 PATIENCE_SECONDS = 300
@@ -94,5 +94,7 @@ def test_a_response_becomes_results_a_webhook_and_a_mail(
     assert accepted["id"] in str(mail.message.get_content())
 
     request = receiver.wait_for(lambda found: accepted["id"].encode() in found.body, PATIENCE_SECONDS)
-    payload = Webhook(hook["secret"]).verify(request.body, {name.lower(): text for name, text in request.headers.items()})
+    payload = Webhook(hook["secret"]).verify(
+        request.body, {name.lower(): text for name, text in request.headers.items()}
+    )
     assert payload["data"]["id"] == accepted["id"]

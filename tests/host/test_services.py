@@ -35,7 +35,7 @@ def test_only_the_senders_and_the_front_door_have_a_network(host: Host, expected
 
 
 def test_every_service_has_an_account_of_its_own(host: Host, expected: dict[str, Any]) -> None:
-    owners = {}
+    owners: dict[str, list[str]] = {}
     for name in expected["services"]:
         pid = host.check_output("systemctl show -p MainPID --value %s", name)
         owners.setdefault(host.check_output("stat -c %%U /proc/%s", pid), []).append(re.sub(r"@\d+$", "", name))

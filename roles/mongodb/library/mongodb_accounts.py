@@ -169,9 +169,7 @@ def found_set(node: Node, params: dict[str, Any], password: str, check: bool) ->
         changed = True
         if not check:
             with node.client() as client:
-                client.admin.command(
-                    "createUser", "admin", pwd=password, roles=["root"], mechanisms=["SCRAM-SHA-256"]
-                )
+                client.admin.command("createUser", "admin", pwd=password, roles=["root"], mechanisms=["SCRAM-SHA-256"])
     return changed
 
 

@@ -16,8 +16,8 @@ DOCUMENTATION = r"""
 module: redis_accounts
 short_description: Keep a Redis ACL file
 description:
-  - The file holds SHA-256 digests of 256-bit random passwords. The passwords are read from encrypted systemd credentials
-    on the host, so that they never travel. The default account is off.
+  - The file holds SHA-256 digests of 256-bit random passwords. These are read from encrypted systemd credentials on
+    the host, so that they never travel. The default account is off.
 options:
   path:
     description: the ACL file
@@ -78,7 +78,7 @@ def main() -> None:
         partial.write_text(wanted)
         partial.chmod(0o640)
         os.chown(partial, 0, grp.getgrnam(params["group"]).gr_gid)
-        os.replace(partial, path)
+        partial.replace(path)
     module.exit_json(changed=True)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 import secrets
 import subprocess
@@ -17,7 +16,7 @@ DOCUMENTATION = r"""
 module: encrypted_credentials
 short_description: Make systemd credentials on the host, encrypted at rest
 description:
-  - Each credential is a file OWNER.NAME, sealed by C(systemd-creds) under NAME, so that it can be loaded as nothing else.
+  - Each credential is a file OWNER.NAME, sealed by C(systemd-creds) under NAME - it can be loaded as nothing else.
   - A secret that is there is kept. One that cannot be decrypted is an error, never silently replaced.
 options:
   directory:
@@ -25,7 +24,8 @@ options:
     type: path
     required: true
   credentials:
-    description: dicts of C(file), C(kind) (C(password), C(fernet), C(keyfile), C(given)) and C(template), a text with {secret} in it
+    description: >-
+      dicts of C(file), C(kind) (C(password), C(fernet), C(keyfile), C(given)) and C(template), a text with {secret}
     type: list
     elements: dict
     required: true
@@ -91,7 +91,7 @@ def encrypt(path: Path, content: str) -> None:
     partial.unlink(missing_ok=True)
     subprocess.run(command, input=content, capture_output=True, text=True, check=True)
     partial.chmod(0o600)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def wanted_content(item: dict[str, Any], found: str | None, given: dict[str, str], rotate: bool) -> str:
