@@ -76,8 +76,11 @@ def _operation(operation: Operation, references: dict[Any, Any]) -> dict[str, An
     statuses = ["400", "401", "403", "404", "429", "503"]
     if operation.body:
         statuses += ["413", "415"]
-    if operation.body or operation.query:
-        statuses.append("422")
+    if operation.query:
+        statuses.append("414")
+    if operation.body:
+        statuses.append("408")
+    statuses.append("422")
     if operation.unsafe:
         statuses += ["409", "422"]
     for status in sorted(set(statuses)):

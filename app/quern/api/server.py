@@ -51,7 +51,8 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "timeout": 30,
             "graceful_timeout": 20,
             "keepalive": 30,
-            "limit_request_line": 4094,
+            # More than nginx takes, so that a longer one is refused by it with a problem document.
+            "limit_request_line": 8190,
             "limit_request_fields": 60,
             "limit_request_field_size": 8190,
             "forwarded_allow_ips": "*",

@@ -34,7 +34,7 @@ Label = Annotated[str, StringConstraints(max_length=500)]
 
 
 class _Field(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Name
     label: Label = ""
@@ -84,7 +84,7 @@ class NumberField(_Field):
 
 
 class Option(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     value: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     label: Label = ""
@@ -135,8 +135,8 @@ class DateField(_Field):
     """A calendar day, `YYYY-MM-DD`."""
 
     type: Literal["date"]
-    earliest: date | None = None
-    latest: date | None = None
+    earliest: Annotated[date, Field(strict=False)] | None = None
+    latest: Annotated[date, Field(strict=False)] | None = None
 
     @model_validator(mode="after")
     def _can_be_answered(self) -> "DateField":

@@ -1,25 +1,34 @@
 """The description is true: it validates, its page is served from here, and fuzzing finds no answer outside of it."""
 
+import copy
+import json
 import re
 from typing import Any
 
 import hypothesis
+import hypothesis.strategies as st
+import orjson
 import pytest
 import schemathesis
 from jsonschema import Draft202012Validator
 from schemathesis.checks import CHECKS
-from schemathesis.specs.openapi.checks import missing_required_header, positive_data_acceptance, unsupported_method
+from schemathesis.specs.openapi.checks import (
+    ignored_auth,
+    missing_required_header,
+    positive_data_acceptance,
+    unsupported_method,
+)
 
 from quern import __version__
 from quern.api.app import operations
 from quern.api.openapi import describe
-from tests.app.api.client import Client, House, until
+from tests.app.api.client import Client, House, Json, until
 
 FIELDS = [{"name": "comment", "type": "long_text"}, {"name": "score", "type": "number"}]
 #: What is of the right shape may still be refused: an identifier may lead to nothing, a cursor is not for guessing.
 #: nginx itself answers TRACE; and every case here has a key. Both are tested below and in test_operations.
-_NOT_CHECKED = (positive_data_acceptance, unsupported_method, missing_required_header)
-EXAMPLES = 12
+_NOT_CHECKED = (positive_data_acceptance, unsupported_method, missing_required_header, ignored_auth)
+EXAMPLES = 5
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +47,12 @@ def known(client: Client, house: House) -> dict[str, str]:
     return {"form": form, "response": response, "job": job, "key": key, "endpoint": endpoint}
 
 
-schema = schemathesis.openapi.from_dict(describe(operations(), __version__))
+DESCRIPTION = describe(operations(), __version__)
+#: Their bodies nest without end, and the fuzzer takes minutes to make a few; they have a fuzzer of their own below.
+_DRAFTS = [("POST", "/api/v1/forms"), ("PUT", "/api/v1/forms/{form}")]
+schema = schemathesis.openapi.from_dict(DESCRIPTION)
+for _method, _path in _DRAFTS:
+    schema = schema.exclude(method=_method, path=_path)
 
 
 @schema.parametrize()
@@ -64,6 +78,95 @@ def test_no_route_answers_outside_its_description(
             case.path_parameters[name] = known[name]
     case.headers = {**(case.headers or {}), "Authorization": f"Bearer {client.key}"}
     case.call_and_validate(base_url=house.stack.url, excluded_checks=list(_NOT_CHECKED), timeout=60)
+
+
+SOUND: Json = {
+    "name": "sound",
+    "fields": [
+        {"name": "a", "type": "text", "required": True, "max_length": 50, "pattern": "[a-z]{1,9}"},
+        {"name": "b", "type": "choice", "options": [{"value": "x"}, {"value": "y", "label": "Y"}]},
+        {"name": "c", "type": "date", "earliest": "2026-01-01"},
+        {"name": "d", "type": "number", "minimum": 0, "integer": True},
+        {"name": "e", "type": "email"},
+        {"name": "g", "type": "group", "repeated": True, "max_items": 3, "fields": [{"name": "h", "type": "rating"}]},
+    ],
+    "workflow": {
+        "steps": [
+            {"name": "mood", "type": "sentiment", "deadline_seconds": 60},
+            {"name": "facts", "type": "extract", "json_schema": {"type": "object", "properties": {"x": {}}}},
+            {
+                "name": "mail",
+                "type": "email",
+                "needs": ["mood"],
+                "when": {"all": [{"path": "results.mood.label", "op": "eq", "value": "bad"}]},
+                "to": {"field": "e"},
+                "subject": "{{ answers.a }}",
+                "body": "b",
+            },
+        ]
+    },
+}
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(inner for name, part in members for inner in _places(part, (*place, name)))]
+
+
+@st.composite
+def drafts(draw: st.DrawFn) -> Any:
+    """A sound draft with one to three places replaced, removed or added to."""
+    body = copy.deepcopy(SOUND)
+    for _ in range(draw(st.integers(1, 3))):
+        *way, last = draw(st.sampled_from(_places(body)[1:]))
+        parent: Any = body
+        for name in way:
+            parent = parent[name]
+        act = draw(st.sampled_from(["replace", "remove", "add"]))
+        if act == "remove":
+            del parent[last]
+        elif act == "add" and isinstance(parent, dict):
+            parent[draw(st.text(max_size=10))] = draw(VALUES)
+        else:
+            parent[last] = draw(VALUES)
+    return body
+
+
+@pytest.mark.parametrize(("method", "path"), _DRAFTS)
+def test_no_draft_is_answered_outside_the_description(
+    client: Client, known: dict[str, str], method: str, path: str
+) -> None:
+    described = DESCRIPTION["paths"][path][method.lower()]["responses"]
+    judges = {
+        int(status): Draft202012Validator(
+            {**next(iter(answer["content"].values()))["schema"], "components": DESCRIPTION["components"]}
+        )
+        for status, answer in described.items()
+    }
+    target = path.removeprefix("/api/v1").format(form=known["form"])
+    seen = set()
+
+    @hypothesis.settings(max_examples=120, derandomize=True, deadline=None, database=None)
+    @hypothesis.example(SOUND)
+    @hypothesis.given(drafts() | VALUES)
+    def check(body: Any) -> None:
+        try:
+            raw = orjson.dumps(body)
+        except orjson.JSONEncodeError:
+            # Beyond what this encoder writes: another one's words for the same.
+            raw = json.dumps(body).encode()
+        answer = client.send(method, target, raw=raw)
+        seen.add(answer.status)
+        assert answer.status in judges, (answer.status, answer.content, body)
+        assert answer.status < 500
+        judges[answer.status].validate(answer.json())
+
+    check()
+    assert seen >= {201 if method == "POST" else 200, 422}
 
 
 PATHS = sorted({operation.path for operation in operations() if operation.served_by == "api"})
