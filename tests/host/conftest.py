@@ -50,7 +50,9 @@ def place() -> Place:
 @pytest.fixture(scope="session")
 def host(place: Place) -> Host:
     """Commands run as root over SSH."""
-    options = f"-o UserKnownHostsFile={place.known_hosts} -o ControlMaster=auto -o ControlPersist=60"
+    # One connection for all commands: the host takes only so many new ones a minute.
+    shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={place.folder}/ssh-%C"
+    options = f"-o UserKnownHostsFile={place.known_hosts} {shared}"
     return testinfra.get_host(f"ssh://root@{place.address}", ssh_identity_file=str(place.key), ssh_extra_args=options)
 
 
