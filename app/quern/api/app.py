@@ -16,6 +16,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from quern import __version__
 from quern.api import audit, forms, jobs, keys, responses, webhooks
+from quern.api.cors import add_cors
 from quern.api.openapi import describe
 from quern.api.operation import Edge, Operation, observe
 from quern.api.problem import Problem, away, render
@@ -54,6 +55,7 @@ def create_app(runtime: Runtime | None = None) -> Flask:
         app.register_blueprint(edge.blueprint)
     _add_own_routes(app, runtime)
     _add_passage(app)
+    add_cors(app)
     _add_errors(app, settings)
     return app
 
