@@ -83,8 +83,12 @@ class SmtpSink:
         listener = socket.create_server((self.host, self.port))
         self.port = listener.getsockname()[1]
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, args=(self._loop, listener), name="smtp-sink", daemon=True)
+        serving = threading.Event()
+        arguments = (self._loop, listener, serving)
+        self._thread = threading.Thread(target=self._serve, args=arguments, name="smtp-sink", daemon=True)
         self._thread.start()
+        # A `stop` that came before the loop serves would end its thread and leave the port open.
+        serving.wait()
 
     def stop(self) -> None:
         """Close the listener and all connections. The messages stay readable."""
@@ -133,7 +137,7 @@ class SmtpSink:
         )
         return "250 2.0.0 Recorded"
 
-    def _serve(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+    def _serve(self, loop: asyncio.AbstractEventLoop, listener: socket.socket, serving: threading.Event) -> None:
         asyncio.set_event_loop(loop)
         context = self._certificate.server_context() if self._certificate else None
         server = loop.run_until_complete(
@@ -141,6 +145,7 @@ class SmtpSink:
                 self._connection, sock=listener, ssl=context if self._tls == "implicit" else None, backlog=128
             )
         )
+        loop.call_soon(serving.set)
         try:
             loop.run_forever()
         finally:
