@@ -140,12 +140,14 @@ class SmtpSink:
     def _serve(self, loop: asyncio.AbstractEventLoop, listener: socket.socket, serving: threading.Event) -> None:
         asyncio.set_event_loop(loop)
         context = self._certificate.server_context() if self._certificate else None
-        server = loop.run_until_complete(
-            loop.create_server(
-                self._connection, sock=listener, ssl=context if self._tls == "implicit" else None, backlog=128
+        try:
+            server = loop.run_until_complete(
+                loop.create_server(
+                    self._connection, sock=listener, ssl=context if self._tls == "implicit" else None, backlog=128
+                )
             )
-        )
-        loop.call_soon(serving.set)
+        finally:
+            serving.set()
         try:
             loop.run_forever()
         finally:
