@@ -123,7 +123,7 @@ class Runtime:
             key = self.settings.audit_key.get_secret_value().encode()
             while chain.seal_pending(self.store.db, key):
                 pass
-            metrics.UNSEALED.set(0)
+            metrics.UNSEALED.set(self.store.db.audit.count_documents({"pending": True}))
 
         return [
             Chore("seal the audit log", 1.0, seal),

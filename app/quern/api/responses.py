@@ -435,14 +435,20 @@ def get_response(call: Call, response: str) -> Reply:
     return Reply(show(document))
 
 
+def _erase(call: Call, response: str) -> bool | None:
+    if call.session is None:
+        raise RuntimeError("erasing runs in a transaction")
+    days = call.runtime.settings.job.keep_ended_days
+    who = call.principal.key
+    return store.erase(call.db, call.tenant, response, who, call.request_id, call.session, keep_days=days)
+
+
 @edge.operation(
     "DELETE", "/responses/{response}", scope="responses:erase", summary="Erase a response", answers={204: None}
 )
 def erase_response(call: Call, response: str) -> Reply:
     """The answers and everything derived from them vanish; the audit log says so. Erasing again is no error."""
-    if call.session is None:
-        raise RuntimeError("erasing runs in a transaction")
-    erased = store.erase(call.db, call.tenant, response, call.principal.key, call.request_id, call.session)
+    erased = _erase(call, response)
     if erased is None:
         raise not_found("response")
     call.after_commit.append(lambda: call.runtime.forget(call.tenant))
@@ -459,8 +465,6 @@ def erase_response(call: Call, response: str) -> Reply:
 )
 def erase_by_answer(call: Call, form: str) -> Reply:
     """Erases every response to the form whose field has the value, for example one e-mail address."""
-    if call.session is None:
-        raise RuntimeError("erasing runs in a transaction")
     body: ErasureIn = call.body
     if forms.get(call.db, call.tenant, form) is None:
         raise not_found("form")
@@ -468,6 +472,6 @@ def erase_by_answer(call: Call, form: str) -> Reply:
     found = store.matching(call.db, call.tenant, where, MAX_ERASED + 1)
     erased = found[:MAX_ERASED]
     for response in erased:
-        store.erase(call.db, call.tenant, response, call.principal.key, call.request_id, call.session)
+        _erase(call, response)
     call.after_commit.append(lambda: call.runtime.forget(call.tenant))
     return Reply(Erasure(erased=erased, more=len(found) > MAX_ERASED))

@@ -14,6 +14,7 @@ from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
 from quern.audit import chain
+from quern.audit.entry import entry, record
 from quern.cli.output import emit, emit_json, emit_outcome, fail, json_option
 from quern.cli.runtime import open_runtime
 from quern.inference.client import EngineError
@@ -121,6 +122,7 @@ def cancel_job(identity: str, as_json: bool) -> None:
         fail(f"there is no job {identity}; `quern job list` shows some")
     after, opened = found
     runtime.waker.wake_all(opened)
+    record(runtime.store.db, entry(document["tenant"], "operator", "job.cancelled", identity))
     outcome = "asked to stop" if after["state"] == "running" else "cancelled"
     emit_outcome({"id": identity, "outcome": outcome}, as_json)
 
@@ -169,15 +171,21 @@ def replay_dead(identities: tuple[str, ...], everything: bool, as_json: bool) ->
     chosen: Any = identities
     if everything:
         chosen = [row["_id"] for row in runtime.store.db.jobs.find({"state": "dead"}, {"_id": 1})]
+    done: list[str] = []
     for identity in chosen:
         try:
             document = queue.replay(runtime.store, None, identity)
         except queue.NotPossibleError as error:
+            if everything:
+                click.echo(f"{identity}: {error}", err=True)
+                continue
             fail(f"{identity}: {error}")
         if document is None:
             fail(f"there is no job {identity}; `quern dead list` shows the dead ones")
+        record(runtime.store.db, entry(document["tenant"], "operator", "job.replayed", identity))
         runtime.waker.wake(document["queue"])
-    emit_outcome({"jobs": list(chosen), "outcome": f"queued again: {len(chosen)}"}, as_json)
+        done.append(identity)
+    emit_outcome({"jobs": done, "outcome": f"queued again: {len(done)}"}, as_json)
 
 
 @click.group("audit")
@@ -383,6 +391,10 @@ def _check_relay() -> str:
         {"outbox.at": {"$exists": True}}, {"outbox.at": 1}, sort=[("outbox.at", 1)]
     )
     age = (clock.now() - first["outbox"]["at"]).total_seconds() if first else 0.0
+    if broken := open_runtime().store.db.responses.count_documents({"unrelayed.at": {"$exists": True}}):
+        raise RuntimeError(
+            f"expected none, found {broken} responses whose outbox cannot be relayed; see the relay's log"
+        )
     if age > 10:
         raise RuntimeError(f"expected outboxes to be relayed at once, found one that waits for {age:.0f} s")
     return f"lag {age:.1f} s"

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import FrameType
 
 import click
+from pydantic import ValidationError
 
 from quern.cli.runtime import open_runtime
+from quern.inference.client import EngineClient
 from quern.observe import logs, metrics, traces
 
 
@@ -105,4 +107,10 @@ def engine(socket_path: Path | None, models: Path | None) -> None:
     from quern.inference.settings import EngineSettings
 
     given = {"socket": socket_path, "models": models}
-    main(EngineSettings(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
+    try:
+        settings = EngineSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = [f"QUERN_ENGINE_{'__'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()]
+        raise click.ClickException("the engine's configuration is not usable:\n" + "\n".join(faults)) from None
+    metrics.serve_stats(os.environ.get("QUERN_METRICS_BIND"), EngineClient(settings.socket, timeout=5).stats)
+    main(settings)

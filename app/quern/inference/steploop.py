@@ -195,10 +195,10 @@ class StepLoop:
                 sequence.cancelled = True
 
     def purge(self, tenant: str) -> None:
-        """Forget what is kept of a tenant, and keep nothing of its running sequences."""
+        """Forget what is kept of a tenant, and keep nothing of its sequences that run or wait."""
         for prefix in self._kept.purge(tenant):
             self._release(prefix)
-        for sequence in self._live:
+        for sequence in [*self._live, *self._waiting["interactive"], *self._waiting["batch"]]:
             if sequence.tenant == tenant:
                 sequence.forgotten = True
 

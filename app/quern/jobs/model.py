@@ -1,7 +1,7 @@
 """What a job is: one document in `jobs`, the only truth about the work."""
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
@@ -62,6 +62,7 @@ INDEXES = {
         IndexModel(
             [("state", ASCENDING), ("ended", DESCENDING)], partialFilterExpression=_STATE[State.DEAD], name="dead"
         ),
+        IndexModel([("queue", ASCENDING)], partialFilterExpression=_STATE[State.BLOCKED], name="blocked"),
         IndexModel([("subject", ASCENDING)], sparse=True, name="by_subject"),
         # An ended job keeps its deadline to be looked at; what is overdue is found among those that wait.
         IndexModel(
@@ -74,6 +75,17 @@ INDEXES = {
     "workers": [IndexModel([("until", ASCENDING)], expireAfterSeconds=3600, name="gone")],
     "turns": [IndexModel([("queue", ASCENDING), ("priority", ASCENDING), ("turn", ASCENDING)], name="next")],
 }
+
+
+#: The index that counts the jobs of a state.
+COUNTED_BY: Final = {
+    State.BLOCKED: "blocked",
+    State.QUEUED: "claim",
+    State.RUNNING: "leases",
+    State.DEAD: "dead",
+}
+#: How long the document of a job that never ran is kept.
+SKIPPED_KEPT: Final = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,7 @@ class NewJob:
         }
         if state in ENDED:
             document["ended"] = now
+            document["forget"] = now + SKIPPED_KEPT
         optional = {
             "subject": self.subject,
             "deadline": self.deadline,

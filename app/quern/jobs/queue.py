@@ -21,7 +21,7 @@ from pymongo.errors import BulkWriteError, PyMongoError
 
 from quern.jobs import turns
 from quern.jobs.handler import Followup, Handler, Registry
-from quern.jobs.model import ENDED, Job, NewJob, Queue, State
+from quern.jobs.model import COUNTED_BY, ENDED, SKIPPED_KEPT, Job, NewJob, Queue, State
 from quern.observe import metrics
 from quern.store import clock
 from quern.store.connection import EPHEMERAL, Db, Document, Store
@@ -351,6 +351,8 @@ def _unblock(db: Db, ids: Sequence[str], session: ClientSession) -> Opened:
                     "state": State.QUEUED.value,
                     "due": now,
                     "wake": now + GRACE,
+                    # A replay comes when it comes: the deadline of what was skipped has long passed.
+                    "deadline": {"$cond": [{"$eq": ["$state", State.SKIPPED.value]}, "$$REMOVE", "$deadline"]},
                     "log": appended("queued", now, {}),
                 }
             },
@@ -365,7 +367,16 @@ def _skip(db: Db, ids: Sequence[str], now: datetime, session: ClientSession) -> 
     if ids:
         db.jobs.update_many(
             {"_id": {"$in": list(ids)}, "state": State.BLOCKED.value},
-            [{"$set": {"state": State.SKIPPED.value, "ended": now, "log": appended(State.SKIPPED.value, now, {})}}],
+            [
+                {
+                    "$set": {
+                        "state": State.SKIPPED.value,
+                        "ended": now,
+                        "forget": now + SKIPPED_KEPT,
+                        "log": appended(State.SKIPPED.value, now, {}),
+                    }
+                }
+            ],
             session=session,
         )
 
@@ -511,12 +522,9 @@ def opening(document: Document) -> Opened:
 def depth(db: Db) -> dict[str, dict[str, int]]:
     """Jobs by queue and by state, of those that have not ended, and the dead."""
     counts: dict[str, dict[str, int]] = {queue.value: {} for queue in Queue}
-    alive = [State.BLOCKED.value, State.QUEUED.value, State.RUNNING.value, State.DEAD.value]
-    for row in db.jobs.aggregate(
-        [
-            {"$match": {"state": {"$in": alive}}},
-            {"$group": {"_id": {"queue": "$queue", "state": "$state"}, "n": {"$sum": 1}}},
-        ]
-    ):
-        counts.setdefault(row["_id"]["queue"], {})[row["_id"]["state"]] = row["n"]
+    for state, index in COUNTED_BY.items():
+        # One partial index for each state: the ended jobs of a month, most of the collection, are not looked at.
+        pipeline: list[Document] = [{"$match": {"state": state.value}}, {"$group": {"_id": "$queue", "n": {"$sum": 1}}}]
+        for row in db.jobs.aggregate(pipeline, hint=index):
+            counts.setdefault(row["_id"], {})[state.value] = row["n"]
     return counts

@@ -4,10 +4,12 @@ import os
 import socket
 import socketserver
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, multiprocess
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -61,6 +63,30 @@ class _UnixWsgiServer(WSGIServer):
     def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
         request, _ = self.socket.accept()
         return request, ("local", 0)
+
+
+class _Stats:
+    """Another process's counters, asked for at each scrape; nothing while it does not answer."""
+
+    def __init__(self, ask: Callable[[], Mapping[str, float]]) -> None:
+        self._ask = ask
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            values = self._ask()
+        except Exception:
+            # Whatever it is, a scrape must not fail for it: the absence of the values tells.
+            return
+        for name, value in values.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(name.removesuffix("_total"), "As the engine counts it", value=value)
+
+
+def serve_stats(bind: str | None, ask: Callable[[], Mapping[str, float]]) -> None:
+    """As `serve`, for a process whose counters are asked for: `ask` gives them by their Prometheus name."""
+    if bind:
+        REGISTRY.register(_Stats(ask))
+        serve(bind)
 
 
 def serve(bind: str | None) -> None:

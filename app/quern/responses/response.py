@@ -120,7 +120,8 @@ def erase(
             db.audit.insert_one(submitted, session=session)
         # A relay may hold this outbox in its hand: the jobs that it would make exist from here on, and have ended.
         queue.insert(db, _tombstones(document), session=session)
-    ended = {"$in": ["$state", [state.value for state in ENDED]]}
+    # A dead one is no dead letter any more: nobody can replay it.
+    ended = {"$in": ["$state", [state.value for state in ENDED if state is not State.DEAD]]}
     # Why a job failed may quote what it worked on.
     log = {"$map": {"input": "$log", "as": "entry", "in": {"$mergeObjects": ["$$entry", {"data": {"$literal": {}}}]}}}
     db.jobs.update_many(

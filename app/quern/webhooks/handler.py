@@ -9,7 +9,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import orjson
+from pymongo.client_session import ClientSession
 
+from quern.audit.entry import entry, record
 from quern.jobs.handler import Context, Handler, Refused, RetryLater
 from quern.jobs.model import Job, NewJob, Queue
 from quern.observe import traces
@@ -216,7 +218,13 @@ def _note(db: Db, endpoint: Endpoint, outcome: DeliveryOutcome, now: datetime, s
 
 
 def _disable(db: Db, endpoint: Endpoint, reason: DisabledReason, now: datetime) -> None:
+    def work(session: ClientSession) -> None:
+        endpoints.disable(db, endpoint.tenant, endpoint.id, reason, now=now, session=session)
+        detail = {"reason": reason.value}
+        record(db, entry(endpoint.tenant, "quern", "webhook.disabled", endpoint.id, detail=detail, at=now), session)
+
     try:
-        endpoints.disable(db, endpoint.tenant, endpoint.id, reason, now=now)
+        with db.client.start_session() as session:
+            session.with_transaction(work)
     except LookupError:
         return

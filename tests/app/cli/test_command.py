@@ -1,5 +1,8 @@
 """The operator's command: every part has --help and --json, and errors say what to run, not where the code was."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import click
@@ -225,3 +228,13 @@ def test_the_audit_chain_is_verified_also_after_erasures_and_a_changed_answer_is
     assert found.code == 1
     assert f"entry {entry['seq']}" in found.out
     db.audit.update_one({"_id": entry["_id"]}, {"$set": {"actor": entry["actor"]}})
+
+
+def test_a_wrong_setting_of_the_engine_is_named_without_its_value() -> None:
+    environment = {**os.environ, "QUERN_ENGINE_CONTEXT": "lots-of-it"}
+    command = [sys.executable, "-m", "quern.cli.main", "engine"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0
+    assert "QUERN_ENGINE_CONTEXT" in ended.stderr
+    assert "lots-of-it" not in ended.stderr + ended.stdout
+    assert "Traceback" not in ended.stderr

@@ -219,6 +219,13 @@ def test_nothing_of_a_running_sequence_is_kept_after_a_purge(bench: Bench) -> No
     assert bench.loop.gauges()["kept_prefixes"] == 0
 
 
+def test_nothing_of_a_waiting_sequence_is_kept_after_a_purge(bench: Bench) -> None:
+    bench.submit("The same long instructions for everybody who comes here today. " * 10, max_tokens=8)
+    bench.loop.purge("t")
+    bench.run()
+    assert bench.loop.gauges()["kept_prefixes"] == 0
+
+
 def test_a_conversations_next_turn_begins_where_the_last_one_ended(bench: Bench) -> None:
     first = "<|im_start|>user\nTell me about the sea, in a few words and no more.<|im_end|>\n<|im_start|>assistant\n"
     number = bench.submit(first, max_tokens=16, priority="interactive")

@@ -42,6 +42,7 @@ def test_nothing_of_a_persons_words_is_left_in_the_database(
     assert b"zara@" not in left
     document = course.response(response)
     assert document.keys() == {"_id", "tenant", "form", "version", "created", "status", "erased"}
+    # A dead one is cancelled: it could not be replayed, and would be alarmed on for ever.
     assert {job["state"] for job in course.db.jobs.find({"subject": response})} <= {"done", "cancelled"}
     assert course.db.jobs.count_documents({"subject": response, "forget": {"$exists": False}}) == 0
 

@@ -328,6 +328,7 @@ def test_an_endpoint_that_answers_410_is_disabled_and_its_messages_are_kept_for_
     house.work()
     shown = house.call("GET", f"/webhooks/{endpoint}")
     assert (shown["enabled"], shown["disabled_reason"]) == (False, "gone")
+    assert audited(house).count("webhook.disabled") == 1
     assert len(receiver.requests) == 1
     assert {house.job(first)["status"], house.job(second)["status"]} == {"dead"}
     assert {delivery["failure"] for delivery in house.deliveries(endpoint)} == {None, "endpoint_disabled"}
