@@ -268,7 +268,7 @@ def doctor(as_json: bool) -> None:
         ("MongoDB", _check_mongodb, "systemctl status mongod; check QUERN_MONGODB_URI"),
         ("replica set", _check_replica_set, "rs.initiate() once: transactions need a replica set"),
         ("indexes", _check_indexes, "quern migrate"),
-        ("Redis queue", _check_redis, "systemctl status redis-queue; check QUERN_REDIS_QUEUE_URL"),
+        ("Redis queue", _check_redis, "systemctl status redis@queue; check QUERN_REDIS_QUEUE_URL"),
         (
             "Redis policy",
             _check_redis_policy,
@@ -276,7 +276,7 @@ def doctor(as_json: bool) -> None:
         ),
         ("engine", _check_engine, "systemctl status quern-engine; check QUERN_ENGINE_SOCKET"),
         ("mail relay", _check_mail, "set QUERN_MAIL__HOST and QUERN_MAIL__FROM_ADDRESS, or check the relay"),
-        ("API", _check_api, "systemctl status quern-api; check QUERN_API_BIND"),
+        ("API", _check_api, "systemctl status quern-api@1; check QUERN_API_BIND"),
         ("events", _check_events, "systemctl status quern-events; check QUERN_EVENTS_BIND"),
         ("scheduler", _check_scheduler, "systemctl status quern-scheduler"),
         ("relay", _check_relay, "systemctl status quern-relay"),
