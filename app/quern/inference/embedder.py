@@ -1,4 +1,8 @@
-"""Sentence vectors on ONNX Runtime: length-aware batches, and equal texts computed once.
+"""Sentence vectors on ONNX Runtime: each text in a run of its own, and equal texts computed once.
+
+The integer products scale their inputs by the largest number in the run (`DynamicQuantizeMatMul` has one scale for the
+whole matrix), so a neighbour in a batch would move a text's vector: enough to change another tenant's scores by 0.07.
+Nobody's text may do that; batches come back with scales for each row.
 
 Model: a BERT encoder with mean pooling (minilm_onnx.py); tokeniser: Hugging Face `tokenizers`.
 """
@@ -17,9 +21,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 Vector = NDArray[np.float32]
-#: Tokens, padding included, in one run: enough to keep the cores busy, little enough to stay in their caches.
-RUN_TOKENS = 2048
-RUN_TEXTS = 64
 
 
 class Embedded(NamedTuple):
@@ -80,19 +81,10 @@ class Embedder:
         return len(self._cache)
 
     def _run(self, encoded: list[list[int]]) -> list[Vector]:
-        """Vectors of token lists: texts of like length together, so that little of a run is padding."""
-        vectors: list[Vector] = [np.empty(0, np.float32)] * len(encoded)
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        while order:
-            longest = len(encoded[order[-1]])
-            count = max(1, min(len(order), RUN_TEXTS, RUN_TOKENS // max(1, longest)))
-            chosen, order = order[-count:], order[:-count]
-            ids = np.zeros((count, longest), np.int64)
-            mask = np.zeros((count, longest), np.int64)
-            for row, index in enumerate(chosen):
-                ids[row, : len(encoded[index])] = encoded[index]
-                mask[row, : len(encoded[index])] = 1
-            (found,) = self._session.run(None, {"input_ids": ids, "attention_mask": mask})
-            for row, index in enumerate(chosen):
-                vectors[index] = found[row]
+        """Vectors of token lists, each from a run of its own."""
+        vectors: list[Vector] = []
+        for tokens in encoded:
+            ids = np.array([tokens], np.int64)
+            (found,) = self._session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+            vectors.append(found[0])
         return vectors

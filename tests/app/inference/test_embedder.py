@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from quern.inference.classifier import label_texts, shares
-from quern.inference.embedder import RUN_TEXTS, Embedder
+from quern.inference.embedder import Embedder
 from quern.inference.protocol import Label
 
 
@@ -62,14 +62,14 @@ def test_products_are_computed_in_integers(folder: Path) -> None:
     assert not {"MatMul", "Gemm", "Attention", "FusedMatMul"} & set(ran)
 
 
-def test_neighbours_in_a_batch_hardly_change_a_vector(folder: Path) -> None:
-    texts = [("t", f"{'long ' * (index % 40)} text number {index}") for index in range(RUN_TEXTS + 20)]
+def test_a_neighbour_does_not_change_a_vector_at_all(folder: Path) -> None:
+    texts = [("t", f"{'long ' * (index % 40)} text number {index}") for index in range(24)]
     together = Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, 1).embed(texts).vectors
     alone = [
         Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, 1).embed([text]).vectors[0]
-        for text in texts[::12]
+        for text in texts[::6]
     ]
-    assert all(one @ other > 0.97 for one, other in zip(together[::12], alone, strict=True))
+    assert all((one == other).all() for one, other in zip(together[::6], alone, strict=True))
 
 
 def test_equal_texts_are_computed_once_for_a_tenant(embedder: Embedder) -> None:

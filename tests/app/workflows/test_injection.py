@@ -123,9 +123,8 @@ def test_no_injected_answer_changes_the_output_of_another_response(outcome: dict
         assert after["status"] == "processed"
         assert after["answers"] == before["answers"]
         for step in ("topic", "mood"):
-            assert after["results"][step]["label"] == before["results"][step]["label"]
-            for label, score in before["results"][step]["scores"].items():
-                assert after["results"][step]["scores"][label] == pytest.approx(score, abs=0.02)
+            # To the last digit: a batch that is scaled together would show here.
+            assert after["results"][step] == before["results"][step]
         shown = orjson.dumps(after["results"]).decode()
         assert [marker for marker in _markers() if marker in shown] == []
 
