@@ -7,7 +7,6 @@ there cannot forge a chain. Cutting off the tail is seen against the head that `
 
 import hashlib
 import hmac
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pymongo import UpdateOne
@@ -114,8 +113,3 @@ def _content_holds(db: Db, document: Document) -> bool | None:
     if "erased" in subject:
         return None if db.audit.find_one({"subject": document["subject"], "action": "response.erased"}) else False
     return hmac.compare_digest(content_mac(subject["audit_key"], subject["answers"]), document["mac"])
-
-
-def heads(db: Db, count: int) -> Iterator[Document]:
-    """The last `count` sealed entries, newest first."""
-    yield from db.audit.find({"seq": {"$exists": True}}).sort("seq", -1).limit(count)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.client_session import ClientSession
@@ -168,12 +167,3 @@ def _tombstones(document: Document) -> list[NewJob]:
 def matching(db: Db, tenant: str, where: Filter, limit: int) -> list[str]:
     """Identifiers of responses that a request for erasure by an answer covers."""
     return [row["_id"] for row in db.responses.find(where.query(tenant), {"_id": 1}).limit(limit)]
-
-
-def flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested answers as dotted columns; lists stay values."""
-    for name, value in document.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
