@@ -39,6 +39,10 @@ Bind = Annotated[
 ]
 
 
+#: Settings that only the processes which need them are given.
+Secret = Literal["secret_keys", "audit_key"]
+
+
 class JobSettings(BaseModel):
     """How durable jobs behave. Every duration is in seconds."""
 
@@ -70,12 +74,16 @@ class Settings(BaseSettings):
         description="Redis for wake-ups and rate limits (noeviction, AOF)",
         examples=["unix:///run/redis-queue/redis.sock"],
     )
-    secret_keys: SecretStr = Field(
-        description="Fernet keys, comma-separated; the first encrypts, all decrypt",
+    secret_keys: SecretStr | None = Field(
+        None,
+        description="Fernet keys, comma-separated; the first encrypts, all decrypt; for api and worker webhooks only",
         examples=["output of `quern secret-key`"],
     )
-    audit_key: SecretStr = Field(
-        description="seals the audit chain; at least 32 characters", examples=["output of `quern secret-key`"]
+    audit_key: SecretStr | None = Field(
+        None,
+        description="keys of at least 32 characters, comma-separated; the first seals the audit chain, all verify it; "
+        "for the scheduler and `quern audit verify` only",
+        examples=["output of `quern secret-key`"],
     )
     public_url: str = Field(
         "http://127.0.0.1:8080",
@@ -144,9 +152,11 @@ class Settings(BaseSettings):
 
     @field_validator("secret_keys")
     @classmethod
-    def _are_fernet_keys(cls, value: SecretStr) -> SecretStr:
+    def _are_fernet_keys(cls, value: SecretStr | None) -> SecretStr | None:
         from cryptography.fernet import Fernet
 
+        if value is None:
+            return None
         for key in value.get_secret_value().split(","):
             try:
                 Fernet(key.strip())
@@ -158,10 +168,21 @@ class Settings(BaseSettings):
 
     @field_validator("audit_key")
     @classmethod
-    def _is_long(cls, value: SecretStr) -> SecretStr:
-        if len(value.get_secret_value().strip()) < 32:
-            raise ValueError("must have at least 32 characters; make one with `quern secret-key`")
-        return SecretStr(value.get_secret_value().strip())
+    def _are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and any(len(key) < 32 for key in _each(value)):
+            raise ValueError("each key must have at least 32 characters; make one with `quern secret-key`")
+        return value
+
+    def required(self, name: Secret) -> list[str]:
+        """The keys of a setting that only some processes are given; the first is the one to use, all are valid.
+
+        Raises:
+            SettingsError: this process was not given it.
+        """
+        value: SecretStr | None = getattr(self, name)
+        if value is None:
+            raise SettingsError(_explain({"loc": (name,), "type": "missing", "msg": ""}))
+        return _each(value)
 
     @classmethod
     def settings_customise_sources(
@@ -179,6 +200,10 @@ class Settings(BaseSettings):
         env_file = os.environ.get(f"{PREFIX}ENV_FILE", ".env")
         sources.append(DotEnvSettingsSource(settings_cls, env_file=env_file))
         return tuple(sources)
+
+
+def _each(value: SecretStr) -> list[str]:
+    return [key.strip() for key in value.get_secret_value().split(",")]
 
 
 def _fits(value: SecretStr, pattern: str, expected: str) -> SecretStr:

@@ -68,7 +68,7 @@ class Runtime:
 
     @property
     def vault(self) -> Vault:
-        return Vault(self.settings.secret_keys.get_secret_value())
+        return Vault(*self.settings.required("secret_keys"))
 
     @cached_property
     def registry(self) -> Registry:
@@ -120,8 +120,8 @@ class Runtime:
         """What one scheduler does now and then."""
 
         def seal() -> None:
-            key = self.settings.audit_key.get_secret_value().encode()
-            while chain.seal_pending(self.store.db, key):
+            keys = chain.KeyRing(self.settings.required("audit_key"))
+            while chain.seal_pending(self.store.db, keys):
                 pass
             metrics.UNSEALED.set(self.store.db.audit.count_documents({"pending": True}))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.fernet import Fernet
 
-from quern.config import LiveSettings, SettingsError, load
+from quern.config import LiveSettings, Secret, SettingsError, load
 
 SECRET = "hunter2-canary"
 GOOD = {
@@ -17,6 +17,7 @@ GOOD = {
     "QUERN_SECRET_KEYS": Fernet.generate_key().decode(),
     "QUERN_AUDIT_KEY": "a" * 40,
 }
+SECRETS: dict[str, Secret] = {"QUERN_AUDIT_KEY": "audit_key", "QUERN_SECRET_KEYS": "secret_keys"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,23 @@ def test_what_is_needed_is_enough() -> None:
     assert load().requests_per_minute == 100
 
 
-@pytest.mark.parametrize("name", sorted(GOOD))
+def test_a_secret_is_asked_of_the_processes_that_need_it_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.delenv(name)
+    settings = load()
+    for name, secret in SECRETS.items():
+        with pytest.raises(SettingsError, match=f"^{name}: it is not set. Example: {name}="):
+            settings.required(secret)
+
+
+def test_several_audit_keys_are_each_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUERN_AUDIT_KEY", f"{'n' * 32}, {'o' * 32}")
+    assert load().required("audit_key") == ["n" * 32, "o" * 32]
+    monkeypatch.setenv("QUERN_AUDIT_KEY", f"{'n' * 32},")
+    assert "QUERN_AUDIT_KEY: each key must have at least 32 characters" in _complaint()
+
+
+@pytest.mark.parametrize("name", sorted(set(GOOD) - {*SECRETS}))
 def test_a_missing_setting_is_named_with_an_example(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv(name)
     assert _complaint().startswith(f"{name}: it is not set. Example: {name}=")
@@ -146,10 +163,10 @@ def test_a_changed_credential_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp
     credential = directory / "quern_audit_key"
     credential.write_text("b" * 40 + "\n")
     live = LiveSettings()
-    assert live.get().audit_key.get_secret_value() == "b" * 40
+    assert live.get().required("audit_key") == ["b" * 40]
     _replace(credential, "c" * 40)
     limit = time.monotonic() + 30
-    while live.get().audit_key.get_secret_value() != "c" * 40:
+    while live.get().required("audit_key") != ["c" * 40]:
         assert time.monotonic() < limit
         time.sleep(0.05)
 
@@ -166,7 +183,7 @@ def test_a_broken_new_credential_keeps_the_last_good_one_and_is_logged(
     _replace(directory / "quern_audit_key", SECRET)
     limit = time.monotonic() + 30
     while not caplog.records:
-        assert live.get().audit_key.get_secret_value() == "b" * 40
+        assert live.get().required("audit_key") == ["b" * 40]
         assert time.monotonic() < limit
         time.sleep(0.05)
     assert "QUERN_AUDIT_KEY" in caplog.text

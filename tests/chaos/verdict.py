@@ -101,7 +101,7 @@ def _jobs(stack: Stack, verdict: Verdict, log: list[Acknowledged]) -> None:
 
 def _audit(stack: Stack, verdict: Verdict, log: list[Acknowledged]) -> None:
     db = stack.runtime.store.db
-    key = stack.runtime.settings.audit_key.get_secret_value().encode()
+    key = chain.KeyRing(stack.runtime.settings.required("audit_key"))
     found = chain.verify(db, key)
     verdict.complain("the audit chain does not hold", found.problems)
     if found.unsealed:

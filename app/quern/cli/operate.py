@@ -205,7 +205,7 @@ def verify_audit(expect: str | None, as_json: bool) -> None:
         if not number.isdigit() or len(seal) != 64:
             fail("--expect: expected SEQ:SEAL as an earlier `quern audit verify` printed it")
         noted = (int(number), seal)
-    found = chain.verify(runtime.store.db, runtime.settings.audit_key.get_secret_value().encode(), noted)
+    found = chain.verify(runtime.store.db, chain.KeyRing(runtime.settings.required("audit_key")), noted)
     if as_json:
         emit_json(asdict(found))
     else:

@@ -11,14 +11,17 @@ import click
 from pydantic import ValidationError
 
 from quern.cli.runtime import open_runtime
+from quern.config import Secret
 from quern.inference.client import EngineClient
 from quern.observe import logs, metrics, traces
 
 
-def _prepare(process: str) -> threading.Event:
-    """Logs, traces, metrics and a stop event set by SIGINT or SIGTERM."""
+def _prepare(process: str, *needs: Secret) -> threading.Event:
+    """Logs, traces, metrics and a stop event set by SIGINT or SIGTERM; a secret that it needs must be there."""
     runtime = open_runtime()
     settings = runtime.settings
+    for secret in needs:
+        settings.required(secret)
     logs.configure(process, settings.log_level, settings.log_file)
     traces.configure(process, settings.otlp_endpoint)
     metrics.serve(settings.metrics_bind)
@@ -36,6 +39,7 @@ def _prepare(process: str) -> threading.Event:
 def api() -> None:
     """Serve the API with Gunicorn (QUERN_API_BIND, QUERN_API_WORKERS, QUERN_API_THREADS)."""
     settings = open_runtime().settings
+    settings.required("secret_keys")
     logs.configure("api", settings.log_level, settings.log_file)
     if settings.metrics_dir is not None:
         settings.metrics_dir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,7 @@ def scheduler() -> None:
     """Rescue silent jobs, make periodic ones, seal the audit log. Any number may run."""
     from quern.jobs.scheduler import main
 
-    stop = _prepare("scheduler")
+    stop = _prepare("scheduler", "audit_key")
     runtime = open_runtime()
     main(runtime.store, runtime.registry, runtime.waker, runtime.ticks, runtime.chores, stop)
 
@@ -91,7 +95,8 @@ def worker(queue: str, concurrency: int | None) -> None:
     from quern.jobs.model import Queue
     from quern.jobs.worker import Worker
 
-    stop = _prepare(f"worker-{queue}")
+    needs: tuple[Secret, ...] = ("secret_keys",) if queue == Queue.WEBHOOKS else ()
+    stop = _prepare(f"worker-{queue}", *needs)
     runtime = open_runtime()
     if queue == Queue.BATCHED:
         concurrency = concurrency or runtime.settings.engine_parallel

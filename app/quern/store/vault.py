@@ -17,8 +17,8 @@ class Vault:
     Fernet: AES-128-CBC with HMAC-SHA-256, https://github.com/fernet/spec.
     """
 
-    def __init__(self, keys: str) -> None:
-        self._fernet = MultiFernet([Fernet(key.strip()) for key in keys.split(",")])
+    def __init__(self, *keys: str) -> None:
+        self._fernet = MultiFernet([Fernet(key) for key in keys])
 
     def encrypt(self, plain: bytes) -> bytes:
         return self._fernet.encrypt(plain)

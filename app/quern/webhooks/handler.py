@@ -134,7 +134,7 @@ def handler_of_test_events(tls: ssl.SSLContext) -> Handler:
         settings = context.store.settings
         message = Message(endpoint, TEST_EVENT, orjson.dumps(body), None)
         once = settings.webhook.model_copy(update={"schedule_seconds": (0.0,)})
-        vault = Vault(settings.secret_keys.get_secret_value())
+        vault = Vault(*settings.required("secret_keys"))
         with traces.span("deliver webhook", parent=context.traceparent) as traceparent:
             return attempt(job, context.db, message, once, vault, tls, traceparent)
 

@@ -135,7 +135,7 @@ class Steps:
         settings = context.store.settings
         original = job.payload.get("original")
         message = WebhookMessage(step.endpoint, step.event, orjson.dumps(body), job.subject, original)
-        vault = Vault(settings.secret_keys.get_secret_value())
+        vault = Vault(*settings.required("secret_keys"))
         with traces.span("deliver webhook", parent=context.traceparent) as traceparent:
             return attempt(job, context.db, message, settings.webhook, vault, self._tls, traceparent)
 

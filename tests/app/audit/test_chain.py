@@ -15,7 +15,8 @@ from quern.audit.entry import content_key, content_mac, entry, listing, record
 from quern.store.connection import Db, Document, Store
 from tests.app.workflows.course import TENANT, Course, email
 
-KEY = b"k" * 32
+KEY = chain.KeyRing(["k" * 32])
+SECRET = KEY.current[1]
 
 
 def write(store: Store, count: int, cause: str = "c") -> None:
@@ -116,16 +117,43 @@ def test_one_entry_cannot_be_replaced_even_with_the_key(sealed: Store) -> None:
     assert document is not None
     assert before is not None
     document["actor"] = "key_2"
-    document["seal"] = chain.seal_of(KEY, before["seal"], document, 12)
+    document["seal"] = chain.seal_of(SECRET, before["seal"], document, 12)
     sealed.db.audit.replace_one({"seq": 12}, document)
     [problem] = chain.verify(sealed.db, KEY).problems
     assert "entry 13 " in problem
     previous = document["seal"]
     for later in list(sealed.db.audit.find({"seq": {"$gt": 12}}).sort("seq", 1)):
-        previous = chain.seal_of(KEY, previous, later, later["seq"])
+        previous = chain.seal_of(SECRET, previous, later, later["seq"])
         sealed.db.audit.update_one({"_id": later["_id"]}, {"$set": {"seal": previous}})
     assert chain.verify(sealed.db, KEY).problems == []
     assert len(chain.verify(sealed.db, KEY, expect=noted).problems) == 1
+
+
+def test_a_new_key_seals_from_now_on_and_the_old_one_still_verifies(sealed: Store) -> None:
+    rotated = chain.KeyRing(["n" * 32, "k" * 32])
+    write(sealed, 5, cause="later")
+    assert chain.seal_pending(sealed.db, rotated) == 5
+    assert chain.verify(sealed.db, rotated).problems == []
+    [problem] = chain.verify(sealed.db, chain.KeyRing(["n" * 32])).problems
+    assert problem.startswith("20 entries were sealed with key ")
+
+
+def test_a_replaced_key_seals_nothing_any_more(sealed: Store) -> None:
+    """Who stole it cannot go on with the chain, and a scheduler that has not heard of the new one does not."""
+    rotated = chain.KeyRing(["n" * 32, "k" * 32])
+    write(sealed, 1, cause="with the new key")
+    chain.seal_pending(sealed.db, rotated)
+    write(sealed, 1, cause="with the old key")
+    with pytest.raises(chain.UnknownKeyError, match="QUERN_AUDIT_KEY"):
+        chain.seal_pending(sealed.db, KEY)
+    seq, previous = chain.head(sealed.db)
+    forged = sealed.db.audit.find_one({"pending": True})
+    assert forged is not None
+    seal = chain.seal_of(SECRET, previous, forged, seq + 1)
+    sealing = {"seq": seq + 1, "seal": seal, "sealed_by": KEY.current[0]}
+    sealed.db.audit.update_one({"_id": forged["_id"]}, {"$set": sealing, "$unset": {"pending": ""}})
+    [problem] = chain.verify(sealed.db, rotated).problems
+    assert "which a newer key had replaced" in problem
 
 
 def test_many_sealers_at_once_make_one_chain(store: Store) -> None:
@@ -154,7 +182,7 @@ def test_many_sealers_at_once_make_one_chain(store: Store) -> None:
 def test_a_changed_answer_is_found(course: Course) -> None:
     response = course.submit(course.publish(email("mail")), comment="what I said")
     course.work()
-    key = course.runtime.settings.audit_key.get_secret_value().encode()
+    key = chain.KeyRing(course.runtime.settings.required("audit_key"))
     while chain.seal_pending(course.db, key):
         pass
     assert chain.verify(course.db, key).problems == []
@@ -167,7 +195,7 @@ def test_an_answer_that_was_made_to_vanish_is_found(course: Course) -> None:
     """Only an erasure that the log knows of is one."""
     response = course.submit(course.publish(email("mail")), comment="what I said")
     course.work()
-    key = course.runtime.settings.audit_key.get_secret_value().encode()
+    key = chain.KeyRing(course.runtime.settings.required("audit_key"))
     while chain.seal_pending(course.db, key):
         pass
     course.db.responses.update_one({"_id": response}, {"$set": {"erased": True}, "$unset": {"answers": ""}})

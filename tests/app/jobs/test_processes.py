@@ -40,7 +40,7 @@ def environment(settings: Settings, own_redis: RedisServer) -> dict[str, str]:
         "QUERN_MONGODB_URI": settings.mongodb_uri.get_secret_value(),
         "QUERN_MONGODB_DATABASE": settings.mongodb_database,
         "QUERN_REDIS_QUEUE_URL": own_redis.url,
-        "QUERN_SECRET_KEYS": settings.secret_keys.get_secret_value(),
+        "QUERN_SECRET_KEYS": ",".join(settings.required("secret_keys")),
         "QUERN_AUDIT_KEY": secrets.token_hex(32),
         "QUERN_JOB__LEASE": "2",
         "QUERN_JOB__RECONCILE_EVERY": "0.1",

@@ -18,7 +18,7 @@ WORDS = "Zarathustra spoke of his knee"
 
 
 def seal(course: Course) -> chain.Verification:
-    key = course.runtime.settings.audit_key.get_secret_value().encode()
+    key = chain.KeyRing(course.runtime.settings.required("audit_key"))
     while chain.seal_pending(course.db, key):
         pass
     return chain.verify(course.db, key)

@@ -74,7 +74,7 @@ def test_time_is_shown_in_utc_with_milliseconds() -> None:
 def test_a_rotated_vault_opens_what_the_old_key_sealed() -> None:
     old, new = Fernet.generate_key().decode(), Fernet.generate_key().decode()
     sealed = Vault(old).encrypt(b"whsec_1")
-    rotated = Vault(f"{new}, {old}")
+    rotated = Vault(new, old)
     assert rotated.decrypt(sealed) == b"whsec_1"
     with pytest.raises(VaultError, match="QUERN_SECRET_KEYS"):
         Vault(new).decrypt(sealed)
