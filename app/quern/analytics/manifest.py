@@ -1,0 +1,236 @@
+"""The warehouse's directory, and the manifest that says which files are the warehouse.
+
+    manifest.json                                                 swapped by rename at publication
+    tenants/<tenant>/<table>/<period>.<generation>-<random>.parquet   a tenant's rows of a table; the period is
+                                                                  a day (2026-11-22), a month (2026-10) or `all`
+    tenants/shared/<table>/all.<generation>-<random>.parquet      what is the same for every tenant (dim_time)
+
+A file is never changed and its path never used again: DuckDB keeps serving the old file of a path to a process that has
+it open. What a publication replaces stays on disk for a while (`retired`), so a reader that loaded the manifest before
+reads on undisturbed. The tenant is the first level: a tenant's warehouse is a set of paths, whatever the question.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from quern.analytics.schema import TABLES
+
+NAME: Final = "manifest.json"
+SHARED: Final = "shared"
+ALL: Final = "all"
+_FORMAT: Final = 1
+
+
+class NoWarehouseError(Exception):
+    """There is no warehouse to read, or not one that this version knows; the text says what to run."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One Parquet file: a table's rows of one tenant in one period."""
+
+    path: str
+    """Relative to the warehouse's directory."""
+    period: str
+    rows: int
+    bytes: int
+    hash: str
+    """BLAKE2b-128 of the file, hex."""
+
+    @property
+    def days(self) -> tuple[date, date]:
+        """First day, and the day after the last. Of `all`: every day."""
+        if self.period == ALL:
+            return date.min, date.max
+        if len(self.period) == 7:
+            first = date.fromisoformat(f"{self.period}-01")
+            return first, (first + timedelta(days=31)).replace(day=1)
+        first = date.fromisoformat(self.period)
+        return first, first + timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A file that no manifest names any more since `at`."""
+
+    path: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Source:
+    """How far MongoDB has been followed: what the next run goes on from."""
+
+    token: dict[str, Any] | None = None
+    """Resume token of the change stream; None before the first run."""
+    seen: datetime | None = None
+    """Every change that was durable by then is in the warehouse."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A published warehouse, whole and unchanging: load it again to see a newer one."""
+
+    root: Path
+    generation: int = 0
+    published_at: datetime | None = None
+    """When it was published."""
+    freshness: datetime | None = None
+    """Every response accepted before this moment is in it."""
+    tables: dict[str, dict[str, tuple[Partition, ...]]] = field(default_factory=dict)
+    """Table to tenant to partitions, in order of time, without overlap."""
+    retired: tuple[Retired, ...] = ()
+    source: Source = Source()
+
+    @classmethod
+    def load(cls, root: Path) -> "Manifest":
+        """The warehouse as of its last publication.
+
+        Raises:
+            NoWarehouseError: nothing was published here yet, or by another version.
+        """
+        try:
+            raw = orjson.loads((root / NAME).read_bytes())
+        except FileNotFoundError:
+            raise NoWarehouseError(f"expected a warehouse in {root}, found none; run `quern etl run`") from None
+        except (OSError, orjson.JSONDecodeError) as error:
+            raise NoWarehouseError(
+                f"expected a readable {root / NAME}, found {type(error).__name__}; run `quern etl rebuild`"
+            ) from None
+        if raw.get("format") != _FORMAT:
+            raise NoWarehouseError(
+                f"expected a warehouse of format {_FORMAT}, found {raw.get('format')}; run `quern etl rebuild`"
+            )
+        return cls._of(root, raw)
+
+    @classmethod
+    def _of(cls, root: Path, raw: dict[str, Any]) -> "Manifest":
+        tables = {
+            table: {tenant: tuple(Partition(**item) for item in items) for tenant, items in tenants.items()}
+            for table, tenants in raw["tables"].items()
+        }
+        retired = tuple(Retired(item["path"], datetime.fromisoformat(item["at"])) for item in raw["retired"])
+        seen = raw["source"]["seen"]
+        source = Source(raw["source"]["token"], datetime.fromisoformat(seen) if seen else None)
+        published, freshness = (
+            datetime.fromisoformat(raw[name]) if raw[name] else None for name in ("published_at", "freshness")
+        )
+        return cls(root, raw["generation"], published, freshness, tables, retired, source)
+
+    @property
+    def tenants(self) -> list[str]:
+        """Every tenant with at least one row, sorted."""
+        return sorted({tenant for tenants in self.tables.values() for tenant in tenants} - {SHARED})
+
+    def partitions(
+        self, table: str, tenant: str, since: date | None = None, until: date | None = None
+    ) -> list[Partition]:
+        """Partitions of `tenant` with rows of days in [since, until), in order of time. A month's may hold more days.
+
+        Raises:
+            KeyError: there is no such table.
+        """
+        known = TABLES[table]
+        found = self.tables.get(table, {}).get(SHARED if known.shared else tenant, ())
+        low, high = since or date.min, until or date.max
+        return [item for item in found if item.days[0] < high and item.days[1] > low]
+
+    def files(self, table: str, tenant: str, since: date | None = None, until: date | None = None) -> list[Path]:
+        """Absolute paths of `partitions`: filter by `day` as well, since a month's file holds the whole month."""
+        return [self.root / item.path for item in self.partitions(table, tenant, since, until)]
+
+    def with_partitions(self, table: str, tenant: str, partitions: Iterable[Partition]) -> "Manifest":
+        """The same warehouse with these as the tenant's partitions of a table."""
+        listed = tuple(sorted(partitions, key=lambda item: item.days))
+        tenants = {**self.tables.get(table, {})}
+        if listed:
+            tenants[tenant] = listed
+        else:
+            tenants.pop(tenant, None)
+        return replace(self, tables={**self.tables, table: tenants})
+
+    @property
+    def paths(self) -> set[str]:
+        """Every file that it names."""
+        return {item.path for tenants in self.tables.values() for items in tenants.values() for item in items}
+
+    def publish(self, *, keep: timedelta, freshness: datetime, source: Source, at: datetime) -> "Manifest":
+        """Make this the warehouse, in one rename; returns it as published, as the next generation.
+
+        Files that the manifest on disk names and this one does not are retired; those retired longer than `keep` ago
+        are struck from the list (`warehouse.prune` deletes what is on no list).
+        """
+        before = _load_or_empty(self.root)
+        gone = dict.fromkeys(before.paths - self.paths, at)
+        held = {item.path: item.at for item in before.retired if item.at > at - keep}
+        retired = tuple(Retired(path, when) for path, when in sorted({**gone, **held}.items()))
+        made = replace(
+            self,
+            generation=before.generation + 1,
+            published_at=at,
+            freshness=freshness,
+            retired=retired,
+            source=source,
+        )
+        made._write()
+        return made
+
+    def _write(self) -> None:
+        raw = {
+            "format": _FORMAT,
+            "generation": self.generation,
+            "published_at": self.published_at,
+            "freshness": self.freshness,
+            "source": {"token": self.source.token, "seen": self.source.seen},
+            "retired": [{"path": item.path, "at": item.at} for item in self.retired],
+            "tables": {
+                table: {tenant: [vars(item) for item in items] for tenant, items in tenants.items()}
+                for table, tenants in self.tables.items()
+            },
+        }
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.root / NAME, orjson.dumps(raw, option=orjson.OPT_UTC_Z))
+
+
+def _load_or_empty(root: Path) -> Manifest:
+    try:
+        return Manifest.load(root)
+    except NoWarehouseError:
+        return Manifest(root)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file: whoever reads sees the old or the new, also after a power cut."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o640)
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and new names in a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def day_of(moment: datetime) -> date:
+    """The UTC day of a moment."""
+    return moment.astimezone(UTC).date()

@@ -1,0 +1,138 @@
+"""Writing one partition: a Parquet file under a name of its own, which nobody reads before a manifest names it."""
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quern.analytics.manifest import Partition, sync_directory
+from quern.analytics.schema import Table
+
+#: Rows of a row group: what a reader decodes at once, and so what a writer holds at once.
+ROW_GROUP: Final = 122_880
+_HASH_CHUNK: Final = 1 << 20
+
+
+class PartitionWriter:
+    """Writes batches of a table's rows into one file of the warehouse. A writer left by an exception leaves nothing.
+
+    Batches are gathered until ROW_GROUP rows or `batch_bytes` bytes, so that memory does not grow with the rows.
+    """
+
+    def __init__(
+        self, root: Path, table: Table, tenant: str, period: str, generation: int, *, batch_bytes: int = 32 << 20
+    ) -> None:
+        self._table, self._period, self._limit = table, period, batch_bytes
+        # The random part: a run that was killed may have left a file of this generation.
+        self._path = f"tenants/{tenant}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"
+        self._final = root / self._path
+        self._temporary = self._final.with_suffix(".writing")
+        self._schema = table.arrow
+        self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.RecordBatch] = []
+        self._waiting_rows = self._waiting_bytes = 0
+        self.rows = 0
+
+    def __enter__(self) -> "PartitionWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abandon()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows; the batch's columns are the table's."""
+        if not batch.num_rows:
+            return
+        self._waiting.append(batch)
+        self._waiting_rows += batch.num_rows
+        self._waiting_bytes += batch.nbytes
+        self.rows += batch.num_rows
+        if self._waiting_rows >= ROW_GROUP or self._waiting_bytes >= self._limit:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        if self._writer is None:
+            self._final.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self._writer = open_writer(self._temporary, self._schema)
+        self._writer.write_table(pa.Table.from_batches(self._waiting, self._schema), row_group_size=ROW_GROUP)
+        self._waiting = []
+        self._waiting_rows = self._waiting_bytes = 0
+
+    def close(self) -> Partition | None:
+        """Finish the file, make it durable and give it its name; None when there was no row, and so no file."""
+        self._flush()
+        if self._writer is None:
+            return None
+        self._writer.close()
+        self._writer = None
+        return finish(self._temporary, self._final, self._path, self._period, self.rows)
+
+    def abandon(self) -> None:
+        """Drop what was written."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._temporary.unlink(missing_ok=True)
+
+
+def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet writer with the warehouse's settings."""
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        compression_level=1,
+        version="2.6",
+        data_page_version="1.0",
+        # Identifiers hardly repeat: a dictionary of them costs time and gives nothing.
+        use_dictionary=[name for name in schema.names if name not in _NO_DICTIONARY],
+        write_statistics=True,
+        store_schema=False,
+    )
+
+
+_NO_DICTIONARY: Final = frozenset({"response", "job", "entry", "hash", "vector", "answers", "results", "request_id"})
+
+
+def finish(temporary: Path, final: Path, path: str, period: str, rows: int) -> Partition:
+    """Make a written file durable and give it its name; `path` is that name relative to the warehouse."""
+    size, digest = sealed(temporary)
+    temporary.replace(final)
+    sync_directory(final.parent)
+    return Partition(path=path, period=period, rows=rows, bytes=size, hash=digest)
+
+
+def sealed(path: Path) -> tuple[int, str]:
+    """Flush a file to the disk; returns its size and hash (BLAKE2b-128, hex)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+        size = file.tell()
+    path.chmod(0o640)
+    return size, digest.hexdigest()
+
+
+def batch(table: Table, columns: dict[str, Any]) -> pa.RecordBatch:
+    """A batch of a table from its columns by name: lists or arrays of one length.
+
+    Raises:
+        KeyError: a column is missing. pyarrow.ArrowInvalid: a value does not fit its column.
+    """
+    schema = table.arrow
+    arrays = []
+    for field in schema:
+        values = columns[field.name]
+        arrays.append(values if isinstance(values, pa.Array) else pa.array(values, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
