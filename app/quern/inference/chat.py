@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quern.inference.llama import Vocabulary
-from quern.inference.protocol import Message
+from quern.inference.protocol import NO_TOOLS, Message
 
 #: For model files that bring no template: the form that most small models were tuned on (ChatML).
 FALLBACK_TEMPLATE = (
@@ -66,7 +66,7 @@ class ChatTemplate:
             TemplateRefusedError: the template does not take these messages, or no tools.
         """
         if tools and not self.knows_tools:
-            raise TemplateRefusedError("this model's chat template has no place for tools")
+            raise TemplateRefusedError(NO_TOOLS)
         nonce = secrets.token_hex(12)
         texts: list[str] = []
 

@@ -152,8 +152,11 @@ class EngineClient:
         self, tenant: str, texts: list[str], *, priority: Priority = "batch", deadline: float | None = None
     ) -> list[list[float]]:
         """One vector of length 1 for each text."""
-        request = EmbedRequest(tenant=tenant, texts=texts, priority=priority, deadline=deadline)
-        return self._call(request, Embeddings).vectors
+        return self.embeddings(EmbedRequest(tenant=tenant, texts=texts, priority=priority, deadline=deadline)).vectors
+
+    def embeddings(self, request: EmbedRequest, should_stop: Callable[[], bool] | None = None) -> Embeddings:
+        """The vectors of a request, with its model and how many tokens were read."""
+        return self._call(request, Embeddings, None, should_stop)
 
     def classify(
         self,

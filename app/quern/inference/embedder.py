@@ -24,10 +24,10 @@ Vector = NDArray[np.float32]
 
 
 class Embedded(NamedTuple):
-    """Vectors in the order of the texts, and the tokens that were read for those not known yet."""
+    """Vectors in the order of the texts, and how many tokens of each were read, now or when it was first embedded."""
 
     vectors: list[Vector]
-    tokens: int
+    tokens: list[int]
 
 
 class Embedder:
@@ -48,7 +48,7 @@ class Embedder:
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(context)
-        self._cache: OrderedDict[tuple[str, bytes], Vector] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bytes], tuple[Vector, int]] = OrderedDict()
         self._room = cached
         self.hits = self.misses = 0
 
@@ -56,21 +56,19 @@ class Embedder:
         """A vector of length 1 for each (tenant, text); equal texts of a tenant are computed once."""
         keys = [(tenant, hashlib.sha256(text.encode("utf-8", "replace")).digest()) for tenant, text in items]
         texts = {key: text for key, (_, text) in zip(keys, items, strict=True)}
-        known = {key: vector for key in texts if (vector := self._cache.get(key)) is not None}
+        known = {key: found for key in texts if (found := self._cache.get(key)) is not None}
         missing = [key for key in texts if key not in known]
         self.hits += len(items) - len(missing)
         self.misses += len(missing)
-        tokens = 0
         if missing:
             encoded = [encoding.ids for encoding in self._tokenizer.encode_batch([texts[key] for key in missing])]
-            tokens = sum(len(ids) for ids in encoded)
-            for key, vector in zip(missing, self._run(encoded), strict=True):
-                known[key] = self._cache[key] = vector
+            for key, ids, vector in zip(missing, encoded, self._run(encoded), strict=True):
+                known[key] = self._cache[key] = (vector, len(ids))
         for key in texts:
             self._cache.move_to_end(key)
         while len(self._cache) > self._room:
             self._cache.popitem(last=False)
-        return Embedded([known[key] for key in keys], tokens)
+        return Embedded([known[key][0] for key in keys], [known[key][1] for key in keys])
 
     def purge(self, tenant: str) -> None:
         """Forget a tenant's vectors."""

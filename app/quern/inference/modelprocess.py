@@ -285,10 +285,13 @@ class ModelProcess:
         prompt = self._prompt(body)
         if not prompt:
             raise RefusedError("expected a prompt of at least one token, found none")
-        if len(prompt) + body.max_tokens > self._most_tokens:
+        max_tokens = body.max_tokens
+        if body.fits_room:
+            max_tokens = min(max_tokens, max(1, self._most_tokens - len(prompt)))
+        if len(prompt) + max_tokens > self._most_tokens:
             raise RefusedError(
                 f"expected prompt and answer to fit into {self._most_tokens} tokens, "
-                f"found {len(prompt)} of prompt and {body.max_tokens} of answer"
+                f"found {len(prompt)} of prompt and {max_tokens} of answer"
             )
         if self._faults.poisons and any(text in str(body) for text in self._faults.poisons):
             self._faults.poisoned.add(number)
@@ -307,7 +310,7 @@ class ModelProcess:
             request=number,
             tenant=body.tenant,
             prompt=np.array(prompt, np.int32),
-            max_tokens=body.max_tokens,
+            max_tokens=max_tokens,
             sampling=sampling.SamplingParameters(
                 temperature=body.temperature,
                 top_p=body.top_p,
@@ -330,7 +333,7 @@ class ModelProcess:
             wants_json=rules is not None,
             schema=body.json_schema,
             closing=closing,
-            resumed=command.get("resumed") or (),
+            resumed=[*self._vocabulary.tokenize(body.begins, control=False), *(command.get("resumed") or ())],
         )
 
     # ---- the thread that embeds
@@ -368,7 +371,8 @@ class ModelProcess:
         for (number, body), place in zip(items, places, strict=True):
             vectors = [embedded.vectors[index] for index in place]
             if isinstance(body, EmbedRequest):
-                data = {"vectors": vectors, "model": model, "tokens": embedded.tokens if len(items) == 1 else 0}
+                tokens = sum(embedded.tokens[index] for index in place)
+                data = {"vectors": vectors, "model": model, "tokens": tokens}
                 self._channel.send({"report": "result", "request": number, "data": data})
             else:
                 self._channel.result(number, self._classify(body, vectors, model))

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_EVENT_BYTES = 64 * 1024 * 1024
+#: The refusal of tools by a model that was not made for them; a client may then describe them in words.
+NO_TOOLS = "this model's chat template has no place for tools"
 
 Priority = Literal["interactive", "batch"]
 Tenant = Annotated[str, Field(min_length=1, max_length=128)]
@@ -43,6 +45,10 @@ class GenerateRequest(Frame):
     prompt: str | None = Field(None, min_length=1, max_length=1_000_000)
     tools: list[dict[str, Any]] | None = Field(None, max_length=64, description="for templates that know tools")
     max_tokens: int = Field(256, ge=1, le=65_536)
+    fits_room: bool = Field(False, description="fewer tokens rather than a refusal where the context has no room")
+    begins: str = Field(
+        "", max_length=1_000_000, description="what was told of this answer before; it is read, not chosen again"
+    )
     temperature: float = Field(0.0, ge=0, le=10, description="0: always the likeliest token")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=100_000, description="0: all")
