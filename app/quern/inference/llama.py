@@ -54,7 +54,9 @@ def _libraries() -> Path:
 
 
 def _library(name: str) -> ctypes.CDLL:
-    return ctypes.CDLL(str(_libraries() / f"lib{name}.so"))
+    # By the name that libllama itself asks for: a wheel holds copies instead of links, and `libggml.so` by its path
+    # would be a second ggml with a registry of its own, where nothing that is changed has any effect on libllama.
+    return ctypes.CDLL(f"lib{name}.so.0")
 
 
 def start_backend(blas: bool) -> None:
@@ -199,14 +201,24 @@ class Batch:
         self.size = 0
 
     def add(
-        self, tokens: Sequence[int] | NDArray[np.int32], position: int, sequence: int, *, wants_logits: bool
+        self,
+        tokens: Sequence[int] | NDArray[np.int32],
+        position: int,
+        sequence: int,
+        *,
+        wants_logits: bool,
+        of_every_token: bool = False,
     ) -> int:
-        """Append tokens of one sequence, the first at `position`; returns the row of the last one."""
+        """Append tokens of one sequence, the first at `position`; returns the row of the last one.
+
+        Args:
+            wants_logits: of the last token, or of all with `of_every_token`.
+        """
         start, end = self.size, self.size + len(tokens)
         self._tokens[start:end] = tokens
         self._positions[start:end] = np.arange(position, position + len(tokens))
         self._sequences[start:end] = sequence
-        self._wanted[start:end] = 0
+        self._wanted[start:end] = wants_logits and of_every_token
         self._wanted[end - 1] = wants_logits
         self.size = self.raw.n_tokens = end
         return end - 1

@@ -29,6 +29,8 @@ REPETITIONS = 3
 #: The cosine of two ways' logits at the least: they round differently, and only that.
 LEAST_LIKENESS = 0.98
 TIMEOUT = 180.0
+#: Raised when what was remembered before cannot be believed any more.
+_LAYOUT = "2"
 
 
 class Measurement(NamedTuple):
@@ -117,7 +119,7 @@ def _key(sha256: str) -> str:
     first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     cpu = [line for line in first.splitlines() if line.startswith(("model name", "cpu family", "flags"))]
     openblas = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("OPENBLAS_")]
-    parts = [sha256, *cpu, *openblas, metadata.version("llama-cpp-python")]
+    parts = [_LAYOUT, sha256, *cpu, *openblas, metadata.version("llama-cpp-python")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
