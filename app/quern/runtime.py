@@ -24,6 +24,7 @@ from quern.tenants.keys import Authenticator
 from quern.tenants.limit import Limiter
 from quern.webhooks.deliver import client_tls
 from quern.webhooks.handler import handler_of_test_events
+from quern.workflows import outbox
 from quern.workflows.handlers import Steps
 
 _log = logging.getLogger(__name__)
@@ -128,4 +129,5 @@ class Runtime:
         return [
             Chore("seal the audit log", 1.0, seal),
             Chore("observe the queues", 5.0, lambda: reconciler.observe(self.store)),
+            Chore("observe the outboxes", 5.0, lambda: metrics.UNRELAYED.set(outbox.count_unrelayed(self.store.db))),
         ]

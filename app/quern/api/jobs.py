@@ -11,6 +11,7 @@ from quern.api.problem import Problem, not_found
 from quern.jobs import estimate, queue
 from quern.store import clock
 from quern.store.connection import Document
+from quern.workflows.replay import replay
 
 edge = Edge("jobs")
 
@@ -120,7 +121,7 @@ def cancel_job(call: Call, job: str) -> Reply:
 def replay_job(call: Call, job: str) -> Reply:
     """Dead letters only. A webhook keeps its `webhook-id`, so a receiver that had it already can tell."""
     try:
-        document = queue.replay(call.runtime.store, call.tenant, job, call.session)
+        document = replay(call.runtime.store, call.tenant, job, call.transaction)
     except queue.NotPossibleError as error:
         raise Problem(409, str(error)) from None
     if document is None:

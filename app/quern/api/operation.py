@@ -78,6 +78,13 @@ class Call:
     def tenant(self) -> str:
         return self.principal.tenant
 
+    @property
+    def transaction(self) -> ClientSession:
+        """The transaction in which an unsafe request runs. RuntimeError: this operation has none."""
+        if self.session is None:
+            raise RuntimeError("expected an operation that runs in a transaction, found one that does not")
+        return self.session
+
     def audit(self, action: str, subject: str, detail: dict[str, Any] | None = None) -> None:
         """Record a change, in its transaction."""
         document = entry(self.tenant, self.principal.key, action, subject, detail=detail, request_id=self.request_id)

@@ -17,13 +17,16 @@ from quern.api.page import Page, PageQuery, page
 from quern.api.problem import Fault, Problem, invalid, not_found
 from quern.forms import form as forms
 from quern.forms.fields import MAX_DEPTH, NAME, FormDefinition, GroupField, check_answers, compiled
+from quern.jobs import queue
 from quern.jobs.wake import RELAY
 from quern.observe.traces import traceparent
 from quern.responses import intake
 from quern.responses import response as store
+from quern.store import clock
 from quern.store.connection import Document
 from quern.workflows import run
 from quern.workflows.definition import Workflow, parsed
+from quern.workflows.forget import forgetting
 
 edge = Edge("responses")
 
@@ -436,11 +439,16 @@ def get_response(call: Call, response: str) -> Reply:
 
 
 def _erase(call: Call, response: str) -> bool | None:
-    if call.session is None:
-        raise RuntimeError("erasing runs in a transaction")
     days = call.runtime.settings.job.keep_ended_days
     who = call.principal.key
-    return store.erase(call.db, call.tenant, response, who, call.request_id, call.session, keep_days=days)
+    return store.erase(call.db, call.tenant, response, who, call.request_id, call.transaction, keep_days=days)
+
+
+def _forget(call: Call) -> None:
+    """Have the engine forget the erased words: now, and once more when no worker can hold them any longer."""
+    again = forgetting(call.tenant, clock.now(), call.runtime.settings.job.lease)
+    call.open_after_commit(queue.insert(call.db, [again], session=call.transaction))
+    call.after_commit.append(lambda: call.runtime.forget(call.tenant))
 
 
 @edge.operation(
@@ -451,7 +459,7 @@ def erase_response(call: Call, response: str) -> Reply:
     erased = _erase(call, response)
     if erased is None:
         raise not_found("response")
-    call.after_commit.append(lambda: call.runtime.forget(call.tenant))
+    _forget(call)
     return Reply(status=204)
 
 
@@ -473,5 +481,6 @@ def erase_by_answer(call: Call, form: str) -> Reply:
     erased = found[:MAX_ERASED]
     for response in erased:
         _erase(call, response)
-    call.after_commit.append(lambda: call.runtime.forget(call.tenant))
+    if erased:
+        _forget(call)
     return Reply(Erasure(erased=erased, more=len(found) > MAX_ERASED))

@@ -7,7 +7,7 @@ from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
 from quern import __version__
-from quern.cli import operate, services, tenants
+from quern.cli import doctor, jobs, models, operate, services, tenants
 from quern.config import SettingsError
 from quern.store.connection import is_away
 
@@ -50,13 +50,15 @@ for command in (
     services.engine,
     tenants.tenant,
     tenants.key,
+    models.models_group,
     operate.form_group,
-    operate.job_group,
-    operate.queue_group,
-    operate.dead_group,
+    jobs.job_group,
+    jobs.queue_group,
+    jobs.dead_group,
+    jobs.outbox_group,
     operate.audit_group,
     operate.status,
-    operate.doctor,
+    doctor.doctor,
     operate.migrate_command,
     operate.secret_key,
 ):

@@ -68,6 +68,10 @@ class EngineUnavailable(EngineError):
     """The engine is not there, or its model is not; nothing is said about the request."""
 
 
+class EngineAbsent(EngineUnavailable):
+    """No engine runs at the socket: what one may have held in memory is gone."""
+
+
 class EngineDeadline(EngineError):
     """The answer was not ready in time."""
 
@@ -220,7 +224,8 @@ class EngineClient:
                 connection.sendall(frame)
             except OSError as error:
                 reason = error.strerror or type(error).__name__
-                raise EngineUnavailable(
+                absent = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+                raise (EngineAbsent if absent else EngineUnavailable)(
                     f"expected the engine at {self._path}, found: {reason}. Is `quern engine` running?"
                 ) from error
             yield self._events(connection, should_stop)

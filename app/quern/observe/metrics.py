@@ -27,6 +27,9 @@ LEASES_LOST = Counter("quern_job_leases_lost_total", "Leases that ran out under 
 RESCUED = Counter("quern_job_rescued_total", "Jobs taken back from workers that went silent", ["queue"])
 FANNED_OUT = Counter("quern_outbox_relayed_total", "Outboxes turned into jobs and audit entries")
 OUTBOX_LAG = Gauge("quern_outbox_lag_seconds", "Age of the oldest outbox", multiprocess_mode="max")
+UNRELAYED = Gauge(
+    "quern_outbox_unrelayed", "Outboxes set aside because they cannot be relayed", multiprocess_mode="max"
+)
 QUEUE_DEPTH = Gauge("quern_queue_jobs", "Jobs by queue and state", ["queue", "state"], multiprocess_mode="mostrecent")
 QUEUE_AGE = Gauge(
     "quern_queue_oldest_seconds", "Age of the oldest job that is due", ["queue"], multiprocess_mode="mostrecent"

@@ -16,6 +16,7 @@ from quern.store.connection import Db, Document
 INDEXES = {
     "responses": [
         IndexModel([("outbox.at", ASCENDING)], sparse=True, name="outbox"),
+        IndexModel([("unrelayed.at", ASCENDING)], sparse=True, name="unrelayed"),
         IndexModel(
             [("tenant", ASCENDING), ("form", ASCENDING), ("created", DESCENDING), ("_id", DESCENDING)], name="by_form"
         ),
@@ -134,7 +135,8 @@ def erase(
                     "ended": {"$ifNull": ["$ended", now]},
                     "forget": {"$ifNull": ["$forget", forget]},
                     "erased": now,
-                    "payload": {"step": "$payload.step"},
+                    # An operator, since a plain document would be merged into what is there.
+                    "payload": {"$mergeObjects": [{"step": "$payload.step"}]},
                 }
             },
             {"$unset": ["result", "error", "lease_id", "lease_until", "wake", "cancel"]},

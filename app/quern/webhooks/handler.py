@@ -150,7 +150,8 @@ def resend(document: Document, cause: str, *, request_id: str, traceparent: str)
         tenant=document["tenant"],
         queue=Queue.WEBHOOKS,
         kind=RESEND_KIND,
-        payload={"step": document["payload"]["step"], "original": original, "occurred": occurred},
+        # With the body that was sent, if one was.
+        payload={**document["payload"], "original": original, "occurred": occurred},
         subject=document["subject"],
         request_id=request_id,
         traceparent=traceparent,

@@ -23,7 +23,7 @@ from quern.store.vault import Vault
 from quern.webhooks.handler import RESEND_KIND, attempt
 from quern.webhooks.handler import Message as WebhookMessage
 from quern.webhooks.settings import WebhookSettings
-from quern.workflows import ai, prompt, run, template
+from quern.workflows import ai, forget, prompt, run, template
 from quern.workflows.definition import EmailStep, FromField, Step, WebhookStep, Workflow, parsed
 
 AI_KINDS = ("summarize", "classify", "extract", "sentiment", "translate", "embed")
@@ -59,6 +59,7 @@ class Steps:
             Handler("email", self._email, self._on_end, keeps_result=False),
             Handler("webhook", self._webhook, self._on_end, webhook.max_attempts, keeps_result=False),
             Handler(RESEND_KIND, self._webhook, None, webhook.max_attempts),
+            forget.handler(self._engine),
         ]
 
     def _material(self, db: Db, job: Job) -> Material:
@@ -127,17 +128,27 @@ class Steps:
         step = material.step
         if not isinstance(step, WebhookStep):
             raise Refused("not a webhook step")
-        body = {
-            "type": step.event,
-            "timestamp": clock.rfc3339(job.payload.get("occurred", job.created)),
-            "data": public(material.response, include_answers=step.include_answers, itself=step.name),
-        }
+        body = job.payload.get("body") or self._body(job, context, material, step)
         settings = context.store.settings
         original = job.payload.get("original")
-        message = WebhookMessage(step.endpoint, step.event, orjson.dumps(body), job.subject, original)
+        message = WebhookMessage(step.endpoint, step.event, body, job.subject, original)
         vault = Vault(*settings.required("secret_keys"))
         with traces.span("deliver webhook", parent=context.traceparent) as traceparent:
             return attempt(job, context.db, message, settings.webhook, vault, self._tls, traceparent)
+
+    def _body(self, job: Job, context: Context, material: Material, step: WebhookStep) -> bytes:
+        """The message, kept with the job before it is first sent: one `webhook-id` never names two contents."""
+        body = orjson.dumps(
+            {
+                "type": step.event,
+                "timestamp": clock.rfc3339(job.payload.get("occurred", job.created)),
+                "data": public(material.response, include_answers=step.include_answers, itself=step.name),
+            }
+        )
+        held = {"_id": job.id, "lease_id": job.lease_id}
+        if not context.db.jobs.update_one(held, {"$set": {"payload.body": body}}).matched_count:
+            raise RetryLater("the lease was lost before anything was sent", charged=False)
+        return body
 
     def _on_end(
         self, db: Db, session: ClientSession, job: Job, state: State, result: dict[str, Any] | None, error: str | None

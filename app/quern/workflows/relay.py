@@ -19,7 +19,7 @@ from quern.jobs.wake import RELAY, Waker, make_huey
 from quern.observe import metrics
 from quern.store import clock
 from quern.store.connection import EPHEMERAL, Db, Document, Store
-from quern.workflows import run
+from quern.workflows import outbox, run
 from quern.workflows.definition import parsed
 
 _log = logging.getLogger(__name__)
@@ -90,8 +90,18 @@ def _record(db: Db, entries: list[Document]) -> None:
             raise
 
 
+def _bring_back(store: Store) -> None:
+    # What this version of the relay may know how to do; else it is set aside again.
+    try:
+        if brought := outbox.bring_back(store.db):
+            _log.info("outboxes that were set aside are tried again", extra={"count": brought})
+    except PyMongoError as error:
+        _log.warning("the outboxes that were set aside stay there", extra={"error": type(error).__name__})
+
+
 def main(store: Store, waker: Waker, stop: threading.Event) -> None:
     """Relay until `stop`: at once on a wake-up, else every half second."""
+    _bring_back(store)
     versions = Versions()
     huey = make_huey(RELAY, store.redis_queue_url, timeout=3.0)
     huey.storage.read_timeout = 0.5

@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from quern.cli.main import main
+from quern.store import clock
 from tests.app.api.client import Client, House, Json, until
 from tests.app.cli.conftest import Quern
 
@@ -124,12 +125,39 @@ def test_jobs_are_shown_cancelled_and_replayed(quern: Quern, house: House, owner
     assert quern("job", "cancel", job, "--json").json()["outcome"] in ("cancelled", "asked to stop")
     until(lambda: owner.call("GET", f"/jobs/{job}")["status"] == "cancelled")
     assert "only a waiting or running job" in quern("job", "cancel", job).err
-    house.stack.runtime.store.db.jobs.update_one({"_id": job}, {"$set": {"state": "dead"}})
+    db = house.stack.runtime.store.db
+    db.jobs.update_one({"_id": job}, {"$set": {"state": "dead"}})
+    db.responses.update_one({"_id": response}, {"$set": {"steps.mood": "dead"}})
     assert job in [row["id"] for row in quern("dead", "list", "--json").json()]
     assert quern("dead", "replay", job, "--json").json()["jobs"] == [job]
     assert job not in [row["id"] for row in quern("dead", "list", "--json").json()]
     mine = quern("job", "list", "--limit", "1000", "--json").json()
     assert job in [row["id"] for row in mine]
+    done = db.audit.find({"subject": job, "actor": "operator"}).sort("at", 1)
+    assert [entry["action"] for entry in done] == ["job.cancelled", "job.replayed"]
+    assert owner.call("GET", f"/responses/{response}")["status"] == "processing"
+
+
+def test_an_outbox_that_was_set_aside_is_shown_and_brought_back(quern: Quern, house: House, owner: Client) -> None:
+    db = house.stack.runtime.store.db
+    form = owner.form([{"name": "a", "type": "text"}], [{"name": "mood", "type": "sentiment"}])
+    response = owner.submit(form, {"a": "x"})
+    until(lambda: db.audit.find_one({"subject": response}) is not None)
+    until(lambda: "outbox" not in (db.responses.find_one({"_id": response}) or {}))
+    assert quern("outbox", "list", "--json").json() == []
+    # As if it had arrived just now, with a version of the form that this relay cannot read.
+    db.jobs.delete_many({"subject": response})
+    audit = db.audit.find_one({"subject": response})
+    db.responses.update_one({"_id": response}, {"$set": {"version": 99, "outbox": {"at": clock.now(), "audit": audit}}})
+    until(lambda: "unrelayed" in (db.responses.find_one({"_id": response}) or {}))
+    assert [row["id"] for row in quern("outbox", "list", "--json").json()] == [response]
+    row = _checks(quern("doctor", "--json"))["outboxes"]
+    assert not row["ok"]
+    assert "quern outbox retry" in row["run"]
+    db.responses.update_one({"_id": response}, {"$set": {"version": 1}})
+    assert quern("outbox", "retry").code == 1
+    assert quern("outbox", "retry", response, "--json").json()["responses"] == 1
+    until(lambda: db.jobs.find_one({"subject": response}) is not None)
 
 
 def test_tables_are_for_people_and_hold_no_control_characters(quern: Quern, owner: Client) -> None:
@@ -166,7 +194,17 @@ def _checks(outcome: Any) -> dict[str, Json]:
 def test_the_doctor_finds_what_is_well_and_what_is_not(quern: Quern) -> None:
     found = quern("doctor", "--json")
     checks = _checks(found)
-    for name in ("MongoDB", "replica set", "indexes", "Redis queue", "Redis policy", "mail relay", "API", "events"):
+    for name in (
+        "MongoDB",
+        "replica set",
+        "indexes",
+        "Redis queue",
+        "Redis policy",
+        "mail relay",
+        "API",
+        "events",
+        "outboxes",
+    ):
         assert checks[name]["ok"], checks[name]
     # This stack has no engine, and the doctor says so.
     assert not checks["engine"]["ok"]
@@ -183,6 +221,7 @@ def test_the_doctor_finds_what_is_well_and_what_is_not(quern: Quern) -> None:
         ("QUERN_EVENTS_BIND", "127.0.0.1:1", "events"),
         ("QUERN_MAIL__PORT", "1", "mail relay"),
         ("QUERN_MONGODB_DATABASE", "empty", "indexes"),
+        ("QUERN_MONGODB_DATABASE", "empty", "workers"),
     ],
 )
 def test_the_doctor_names_what_is_down_and_what_to_run(quern: Quern, setting: str, value: str, check: str) -> None:
@@ -192,6 +231,17 @@ def test_the_doctor_names_what_is_down_and_what_to_run(quern: Quern, setting: st
     assert not row["ok"]
     assert row["run"]
     assert "Traceback" not in found.err
+
+
+def test_what_cannot_be_looked_at_is_not_waited_for(quern: Quern) -> None:
+    away = "mongodb://%2Fnowhere%2Fm.sock/?directConnection=true"
+    checks = _checks(quern("doctor", "--json", QUERN_MONGODB_URI=away))
+    assert checks["dead letters"] == {
+        "check": "dead letters",
+        "ok": False,
+        "found": "not looked at: MongoDB first",
+        "run": "",
+    }
 
 
 def test_a_database_that_is_away_is_said_in_one_line(quern: Quern) -> None:

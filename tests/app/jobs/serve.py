@@ -1,4 +1,5 @@
-"""A process of the queue with handlers for tests: `python -m tests.app.jobs.serve worker|stopped|scheduler|die`.
+"""A process of the queue with handlers for tests: `python -m tests.app.jobs.serve WHAT`, which is `worker[:QUEUE]`,
+`stopped`, `scheduler` or `die`.
 
 Settings come from the environment, as in production. Each run of a job is noted in `effects`.
 """
@@ -9,13 +10,14 @@ import signal
 import sys
 import threading
 import time
+from datetime import datetime
 from typing import Any
 
 from pymongo.client_session import ClientSession
 
 from quern.config import LiveSettings
 from quern.jobs import queue, scheduler
-from quern.jobs.handler import Context, Handler, Registry, RetryLater
+from quern.jobs.handler import Context, Handler, Registry, RetryLater, Tick
 from quern.jobs.model import Job, NewJob, Queue
 from quern.jobs.wake import Waker
 from quern.jobs.worker import Worker
@@ -42,6 +44,14 @@ def _nap(job: Job, context: Context) -> dict[str, Any] | None:
 REGISTRY = Registry([Handler("nothing", _note), Handler("nap", _nap)])
 
 
+def _nightly(at: datetime) -> NewJob:
+    identity = NewJob.derived_id("quern", "nightly", at.isoformat())
+    return NewJob(id=identity, tenant="quern", queue=Queue.LOW, kind="nothing")
+
+
+NIGHTLY = Tick("nightly", _nightly, every=24 * 60)
+
+
 def _die_after_commit(store: Store) -> None:
     """Enqueue in a transaction, and be killed before anybody is told."""
     job = NewJob(id=sys.argv[2], tenant="ten_a", queue=Queue.DEFAULT, kind="nothing", payload={})
@@ -58,15 +68,16 @@ def main() -> None:
     logging.basicConfig(level="INFO")
     store = Store(LiveSettings())
     waker = Waker(store.redis_queue_url)
-    if sys.argv[1] == "worker":
-        Worker(store, REGISTRY, waker, Queue.DEFAULT).run()
-    elif sys.argv[1] == "stopped":
+    what, _, name = sys.argv[1].partition(":")
+    if what == "worker":
+        Worker(store, REGISTRY, waker, Queue(name or "default")).run()
+    elif what == "stopped":
         stop = threading.Event()
         stop.set()
         Worker(store, REGISTRY, waker, Queue.DEFAULT).run(stop)
-    elif sys.argv[1] == "scheduler":
-        scheduler.main(store, REGISTRY, waker, [], [], threading.Event())
-    elif sys.argv[1] == "die":
+    elif what == "scheduler":
+        scheduler.main(store, REGISTRY, waker, [NIGHTLY], [], threading.Event())
+    elif what == "die":
         _die_after_commit(store)
 
 

@@ -17,7 +17,7 @@ from quern.config import Settings
 from quern.embedded.process import ChildProcess
 from quern.embedded.redis_server import RedisServer
 from quern.jobs import capacity
-from quern.jobs.model import NewJob
+from quern.jobs.model import NewJob, Queue
 from quern.store.connection import Store
 from tests.app.jobs.making import enqueue, events, new_job, read
 
@@ -181,6 +181,19 @@ def test_an_enqueue_that_dies_between_commit_and_wake_up_finishes(
     )
     assert answer.returncode == -signal.SIGKILL
     wait_until(lambda: all_done(store, [identity]), "the job that nobody was told of")
+
+
+def test_periodic_and_urgent_work_is_done_by_the_workers_of_its_queue(store: Store, start: Start) -> None:
+    """Two schedulers make the night's job, once; it missed its minute long ago, and is caught up."""
+    for process in ("scheduler", "scheduler", "worker:low", "worker:high"):
+        start(process)
+    [urgent] = enqueue(store, new_job("nothing", queue=Queue.HIGH))
+    wait_until(lambda: all_done(store, [urgent]), "the urgent job")
+    nightly = {"queue": "low", "kind": "nothing", "tenant": "quern"}
+    wait_until(lambda: store.db.jobs.count_documents({**nightly, "state": "done"}) == 1, "the periodic job")
+    assert store.db.jobs.count_documents(nightly) == 1
+    assert store.db.effects.count_documents({}) == 2
+    assert capacity.of(store.db, "low") > 0
 
 
 def test_a_worker_says_how_much_it_does_at_once(store: Store, start: Start) -> None:

@@ -1,16 +1,21 @@
 """A response's course with real mail and webhooks: a failed step loses nothing of the others, and everything ends."""
 
+import threading
+import time
 from datetime import timedelta
 
 import orjson
 
-from quern.embedded.receiver import Receiver
+from quern.embedded.receiver import Answer, Receiver
 from quern.embedded.smtp_sink import SmtpSink
-from quern.jobs import queue, reconciler
+from quern.jobs import queue, reconciler, turns
 from quern.jobs.model import Queue
+from quern.jobs.worker import Worker
 from quern.store import clock
 from quern.store.connection import Document
-from quern.workflows import relay
+from quern.webhooks.handler import resend
+from quern.workflows import outbox, relay
+from quern.workflows.replay import replay
 from tests.app.workflows.course import TENANT, Course, email, webhook
 
 
@@ -47,6 +52,66 @@ def test_an_outbox_that_cannot_be_relayed_holds_up_no_other(course: Course) -> N
     document = course.response(poisoned)
     assert "outbox" not in document
     assert "unrelayed" in document, "it is kept, for whoever mends what is wrong with it"
+    assert [row["_id"] for row in outbox.unrelayed(course.db, 10)] == [poisoned]
+    course.db.responses.update_one({"_id": poisoned}, {"$set": {"version": 1}})
+    assert outbox.bring_back(course.db, [sound]) == 0
+    assert outbox.bring_back(course.db) == 1
+    course.work()
+    assert course.response(poisoned)["status"] == "processed"
+    assert outbox.count_unrelayed(course.db) == 0
+
+
+def test_a_relay_that_starts_tries_again_what_was_set_aside(course: Course) -> None:
+    response = course.submit(course.publish(email("one")), comment="broken")
+    course.db.responses.update_one({"_id": response}, {"$set": {"version": 99}})
+    course.relay()
+    course.db.responses.update_one({"_id": response}, {"$set": {"version": 1}})
+    stop = threading.Event()
+    process = threading.Thread(target=relay.main, args=(course.runtime.store, course.runtime.waker, stop))
+    process.start()
+    try:
+        limit = time.monotonic() + 60
+        while course.db.jobs.find_one({"subject": response}) is None:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        process.join()
+
+
+def test_a_replayed_step_puts_its_response_under_way_again(course: Course, receiver: Receiver) -> None:
+    receiver.script(Answer(status=410))
+    response = course.submit(course.publish(webhook("hook", course.endpoint())), comment="x")
+    course.work()
+    assert (course.response(response)["status"], course.job(response, "hook")["state"]) == ("incomplete", "dead")
+    course.db.webhook_endpoints.update_many({}, {"$set": {"enabled": True, "disabled_reason": None}})
+    job = course.job(response, "hook")["_id"]
+    queue.transact(course.runtime.store, lambda session: replay(course.runtime.store, TENANT, job, session))
+    document = course.response(response)
+    assert (document["status"], document["steps"]) == ("processing", {"hook": "queued"})
+    assert "processed" not in document
+    turns.open_many(course.db, queue.opening(course.job(response, "hook")))
+    course.work()
+    assert course.response(response)["status"] == "processed"
+
+
+def test_one_message_has_one_content_however_often_it_is_sent(course: Course, receiver: Receiver) -> None:
+    """Also when another step ended between two attempts, and when it is sent once more afterwards."""
+    receiver.script(Answer(status=500))
+    form = course.publish(webhook("hook", course.endpoint()), email("mail", to={"field": "email"}))
+    response = course.submit(form, comment="x", email="a@example.org")
+    course.relay()
+    Worker(course.runtime.store, course.runtime.registry, course.runtime.waker, Queue.WEBHOOKS).drain()
+    course.work()
+    assert course.response(response)["steps"] == {"hook": "queued", "mail": "done"}
+    course.make_due()
+    course.work()
+    again = resend(course.job(response, "hook"), "once more", request_id="req_2", traceparent="00-0-0-01")
+    turns.open_many(course.db, queue.insert(course.db, [again]))
+    course.work()
+    sent = [(request.headers["webhook-id"], request.body) for request in receiver.requests]
+    assert len(sent) == 3
+    assert len(set(sent)) == 1
 
 
 def test_a_response_that_is_locked_holds_up_no_other(course: Course) -> None:
