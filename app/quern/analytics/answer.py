@@ -1,0 +1,137 @@
+"""Answering a question: the newest manifest, what the asker's forms have, the plan, the engine. No cache, no HTTP."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import orjson
+import pyarrow as pa
+
+from quern.analytics.engine import Engine, Statement
+from quern.analytics.manifest import NAME, Manifest
+from quern.analytics.plan import Asker, FieldInfo, files, plan
+from quern.analytics.question import ColumnInfo, Freshness, Question
+from quern.analytics.schema import DIM_FIELD, TABLES
+
+_log = logging.getLogger(__name__)
+
+#: Rows of one answer; a question that has more is refused.
+MOST_ROWS: Final = 200_000
+
+
+class TooManyRowsError(ValueError):
+    """The answer has more rows than is sensible; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All rows of an answer, and how new they are."""
+
+    table: pa.Table
+    freshness: Freshness
+
+
+class Warehouse:
+    """A published warehouse, read by one engine. Safe to share between threads.
+
+    `current` follows publications; one answer uses one manifest from beginning to end.
+    """
+
+    def __init__(self, root: Path, engine: Engine, *, seconds: float) -> None:
+        self.root, self.engine, self._seconds = root, engine, seconds
+        self._loaded: tuple[tuple[int, int], Manifest] | None = None
+        self._askers: dict[tuple[int, str | None], Asker] = {}
+
+    def current(self) -> Manifest:
+        """The newest manifest. Raises NoWarehouseError."""
+        try:
+            stat = (self.root / NAME).stat()
+        except FileNotFoundError:
+            return Manifest.load(self.root)
+        stamp = (stat.st_ino, stat.st_mtime_ns)
+        if self._loaded is None or self._loaded[0] != stamp:
+            self._loaded = (stamp, Manifest.load(self.root))
+            self._askers = {}
+        return self._loaded[1]
+
+    def asker(self, manifest: Manifest, tenant: str | None) -> Asker:
+        """A tenant, or with None the operator, and the fields that the forms in reach have."""
+        key = (manifest.generation, tenant)
+        if (known := self._askers.get(key)) is not None:
+            return known
+        bare = Asker(tuple(manifest.tenants) if tenant is None else (tenant,), operator=tenant is None)
+        dialect = self.engine.dialect
+        source = dialect.scan(DIM_FIELD, files(manifest, DIM_FIELD.name, bare, None, None))
+        names = ("source", "path", "kind", "repeated")
+        shape = pa.schema([TABLES["dim_field"].arrow.field(name) for name in names])
+        sql = f"SELECT DISTINCT {', '.join(names)} FROM {source} f"
+        fields: dict[str, FieldInfo] = {}
+        steps: set[str] = set()
+        for row in self.engine.run(Statement(sql, shape), self._seconds).to_pylist():
+            if row["source"] == "result":
+                steps.add(row["path"])
+                continue
+            name = f"answer.{row['path']}"
+            before = fields.get(name, FieldInfo(frozenset(), False))
+            fields[name] = FieldInfo(before.kinds | {row["kind"]}, before.repeated or row["repeated"])
+        made = Asker(bare.tenants, bare.operator, fields, frozenset(steps))
+        self._askers[key] = made
+        return made
+
+    def answer(self, question: Question, tenant: str | None) -> Answer:
+        """Compute an answer for a tenant, or with None for the operator.
+
+        Raises:
+            NoWarehouseError, AskError, EngineError, TimedOutError: as they say.
+            TooManyRowsError: it has more than MOST_ROWS rows.
+        """
+        manifest = self.current()
+        statement = plan(question, self.engine.dialect, manifest, self.asker(manifest, tenant))
+        table = self.engine.run(statement, self._seconds)
+        if table.num_rows > MOST_ROWS:
+            raise TooManyRowsError(
+                f"expected at most {MOST_ROWS} rows, found {table.num_rows}; "
+                "ask for fewer dimensions, a coarser grain or `top`"
+            )
+        return Answer(table, freshness(manifest))
+
+
+def freshness(manifest: Manifest) -> Freshness:
+    """The stamp of what a manifest holds."""
+    return Freshness(
+        generation=manifest.generation, published_at=manifest.published_at, complete_until=manifest.freshness
+    )
+
+
+def stamp(manifest: Manifest, tenant: str | None) -> str:
+    """What changes exactly when a tenant's own part of the warehouse does: the key of what is kept of its answers."""
+    from hashlib import sha256
+
+    tenants = manifest.tenants if tenant is None else [tenant]
+    paths = [
+        item.path for table in sorted(manifest.tables) for each in tenants for item in manifest.partitions(table, each)
+    ]
+    return sha256(orjson.dumps(paths)).hexdigest()[:32]
+
+
+def columns(question: Question, shape: pa.Schema) -> list[ColumnInfo]:
+    """What an answer's columns are, for a client."""
+    from quern.analytics.question import MEASURES
+
+    unit = MEASURES[question.measure].unit
+    measured = {"sum", "mean", "min", "max", "p50", "p75", "p90", "p95", "p99"}
+    return [
+        ColumnInfo(name=field.name, type=_kind(field.type), unit=unit if field.name in measured else "")
+        for field in shape
+    ]
+
+
+def _kind(type_: pa.DataType) -> str:
+    if pa.types.is_date(type_):
+        return "day"
+    if pa.types.is_timestamp(type_):
+        return "moment"
+    if pa.types.is_integer(type_):
+        return "whole"
+    return "number" if pa.types.is_floating(type_) else "text"

@@ -1,0 +1,141 @@
+"""DuckDB, in process: the engine of a site with one machine."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+
+from quern.analytics.engine import Dialect, EngineError, Parameter, Statement, TimedOutError, shaped
+from quern.analytics.schema import Table, quote
+
+_TRUNCATED: Final = {"day", "week", "month", "quarter", "year"}
+
+
+class DuckDbDialect(Dialect):
+    """DuckDB 1.4 and later."""
+
+    name = "duckdb"
+
+    def scan(self, table: Table, files: Sequence[Path]) -> str:
+        if not files:
+            columns = ", ".join(f'NULL::{column.type.duckdb} AS "{column.name}"' for column in table.columns)
+            return f"(SELECT {columns} WHERE false)"
+        return f"read_parquet([{', '.join(quote(str(file)) for file in files)}])"
+
+    def parameter(self, name: str, value: Parameter) -> str:
+        # Said aloud, or a text that looks like a moment is guessed at.
+        kind = {str: "VARCHAR", bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", datetime: "TIMESTAMP"}[type(value)]
+        return f"${name}::{kind}"
+
+    def local(self, x: str, zone: str) -> str:
+        return f"timezone({zone}, timezone('UTC', {x}))"
+
+    def bucket(self, grain: str, local: str) -> str:
+        if grain in _TRUNCATED:
+            return f"CAST(date_trunc('{grain}', {local}) AS DATE)"
+        return f"date_trunc('{grain}', {local})"
+
+    def weekday(self, local: str) -> str:
+        return f"isodow({local})"
+
+    def hour(self, local: str) -> str:
+        return f"hour({local})"
+
+    def periods(self, grain: str, first: str, last: str) -> str:
+        return f"date_diff('{grain}', {first}, {last})"
+
+    def quantile(self, x: str, share: float) -> str:
+        return f"quantile_cont({x}, {share})"
+
+    def plain(self, x: str) -> str:
+        return f"CASE WHEN {x} = floor({x}) THEN CAST(CAST({x} AS BIGINT) AS VARCHAR) ELSE CAST({x} AS VARCHAR) END"
+
+    def terms(self, x: str) -> str:
+        return f"unnest(regexp_extract_all(lower({x}), '[\\p{{L}}\\p{{N}}]+'))"
+
+    def characters(self, x: str) -> str:
+        return f"length({x})"
+
+    def cosine(self, x: str, y: str) -> str:
+        return f"list_cosine_similarity({x}, {y})"
+
+    def size(self, x: str) -> str:
+        return f"len({x})"
+
+
+class DuckDbEngine:
+    """One database in memory that owns nothing: every statement reads Parquet files of the warehouse.
+
+    The process may read files under `root` only, and the settings are locked, whatever a statement says.
+    """
+
+    def __init__(self, root: Path, *, threads: int, memory_megabytes: int, spill: Path | None = None) -> None:
+        self._dialect = DuckDbDialect()
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "threads": str(threads),
+            "memory_limit": f"{memory_megabytes}MB",
+            "temp_directory": str(spill) if spill else "",
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+            "allow_community_extensions": "false",
+            "preserve_insertion_order": "false",
+        }
+        self._database = duckdb.connect(":memory:", config=config)
+        # Files never change, and a path is never used again: what was read of one once holds.
+        self._database.execute("SET parquet_metadata_cache = true")
+        self._database.execute(f"SET allowed_directories = [{quote(str(root.resolve()) + '/')}]")
+        self._database.execute("SET enable_external_access = false")
+        self._database.execute("SET lock_configuration = true")
+
+    @property
+    def dialect(self) -> Dialect:
+        return self._dialect
+
+    def run(self, statement: Statement, seconds: float) -> pa.Table:
+        parameters = {
+            name: value.replace(tzinfo=None) if isinstance(value, datetime) else value
+            for name, value in statement.parameters.items()
+        }
+        cursor = self._database.cursor()
+        try:
+            with _interrupted_after(cursor, seconds) as interrupted:
+                try:
+                    found = cursor.sql(statement.sql, params=parameters or None).to_arrow_table()
+                except duckdb.InterruptException:
+                    raise TimedOutError(f"expected an answer within {seconds:g} s, found none") from None
+                except duckdb.Error as error:
+                    if interrupted.is_set():
+                        raise TimedOutError(f"expected an answer within {seconds:g} s, found none") from None
+                    raise EngineError(_first_line(error)) from error
+        finally:
+            cursor.close()
+        return shaped(found, statement.shape)
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _first_line(error: duckdb.Error) -> str:
+    return str(error).split("\n", 1)[0][:500]
+
+
+@contextmanager
+def _interrupted_after(cursor: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[threading.Event]:
+    due = threading.Event()
+
+    def interrupt() -> None:
+        due.set()
+        cursor.interrupt()
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield due
+    finally:
+        timer.cancel()

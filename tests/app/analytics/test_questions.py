@@ -1,0 +1,94 @@
+"""Every question has the answer that plain Python finds in the documents."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import hypothesis
+import pyarrow as pa
+import pytest
+from hypothesis import strategies as st
+
+from quern.analytics.answer import Warehouse
+from quern.analytics.duckdb_engine import DuckDbEngine
+from quern.analytics.question import Measure, Question
+from tests.app.analytics import plainly
+from tests.app.analytics.questions import questions
+from tests.app.analytics.world import TENANTS, World, publish, world
+
+#: Relative. Vectors are of 32-bit numbers.
+_CLOSE = 1e-9
+_CLOSE_32 = 1e-5
+
+
+def same(found: pa.Table, expected: list[list[Any]], question: Question) -> None:
+    """Assert that an answer has these rows, numbers with a fraction up to rounding."""
+    rows = [list(row.values()) for row in found.to_pylist()]
+    assert len(rows) == len(expected), (question, rows, expected)
+    close = _CLOSE_32 if question.measure is Measure.SIMILAR else _CLOSE
+    for row, wanted in zip(rows, expected, strict=True):
+        for value, other in zip(row, wanted, strict=True):
+            if isinstance(other, float):
+                assert value is not None and math.isclose(value, other, rel_tol=close, abs_tol=close), (
+                    question,
+                    rows,
+                    expected,
+                )
+            else:
+                assert value == other, (question, row, wanted)
+
+
+@dataclass
+class Published:
+    """A random house with its warehouse, and DuckDB on it."""
+
+    world: World
+    warehouse: Warehouse
+
+
+@pytest.fixture(scope="module")
+def houses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Published]]:
+    """The house of a seed, made once."""
+    engines = []
+
+    @lru_cache
+    def made(seed: int) -> Published:
+        asked, root = world(seed), tmp_path_factory.mktemp(f"world-{seed}")
+        publish(asked, root)
+        engine = DuckDbEngine(root, threads=1, memory_megabytes=500)
+        engines.append(engine)
+        return Published(asked, Warehouse(root, engine, seconds=60))
+
+    yield made
+    for engine in engines:
+        engine.close()
+
+
+@hypothesis.given(data=st.data(), seed=st.integers(0, 5))
+@hypothesis.settings(max_examples=150, suppress_health_check=list(hypothesis.HealthCheck))
+def test_every_question_equals_plain_python_over_the_documents(
+    houses: Callable[[int], Published], data: st.DataObject, seed: int
+) -> None:
+    house = houses(seed)
+    tenant = data.draw(st.sampled_from([*TENANTS, None]))
+    question = data.draw(questions(house.world, tenant))
+    same(house.warehouse.answer(question, tenant).table, plainly.answer(question, house.world, tenant), question)
+
+
+@pytest.mark.parametrize("measure", sorted(Measure))
+def test_every_measure_has_an_answer_that_is_not_empty(houses: Callable[[int], Published], measure: Measure) -> None:
+    house = houses(0)
+    asked: dict[str, Any] = {"measure": measure}
+    if measure is Measure.COHORTS:
+        asked["grain"] = "month"
+    if measure is Measure.ANSWER:
+        asked["of"] = "answer.stars"
+    if measure is Measure.SIMILAR:
+        asked["of"] = next(item["_id"] for item in house.world.responses if "vector" in item.get("results", {}))
+    question = Question.model_validate(asked)
+    found = house.warehouse.answer(question, None).table
+    assert found.num_rows > 0
+    assert found.column_names == question.columns
+    same(found, plainly.answer(question, house.world, None), question)
