@@ -25,8 +25,10 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as SourceError
 
+from quern.analytics.settings import AnalyticsSettings
 from quern.events.settings import EventSettings
 from quern.mail.settings import MailSettings
+from quern.openai.settings import OpenAISettings
 from quern.webhooks.settings import WebhookSettings
 
 PREFIX = "QUERN_"
@@ -122,6 +124,8 @@ class Settings(BaseSettings):
     webhook: WebhookSettings = WebhookSettings()
     job: JobSettings = JobSettings()
     event: EventSettings = EventSettings()
+    analytics: AnalyticsSettings = AnalyticsSettings()
+    openai: OpenAISettings = OpenAISettings()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_file: Path | None = Field(None, description="default: standard error")

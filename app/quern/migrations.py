@@ -4,12 +4,24 @@ from quern.api import idempotency
 from quern.audit import entry
 from quern.forms import form
 from quern.jobs import model
+from quern.openai import batches, files, ledger
 from quern.responses import response
 from quern.store.connection import Db
 from quern.tenants import keys
 from quern.webhooks.indexes import INDEXES as WEBHOOKS
 
-_ALL = (idempotency.INDEXES, entry.INDEXES, form.INDEXES, model.INDEXES, response.INDEXES, keys.INDEXES, WEBHOOKS)
+_ALL = (
+    idempotency.INDEXES,
+    entry.INDEXES,
+    form.INDEXES,
+    model.INDEXES,
+    response.INDEXES,
+    keys.INDEXES,
+    WEBHOOKS,
+    ledger.INDEXES,
+    files.INDEXES,
+    batches.INDEXES,
+)
 
 
 def migrate(db: Db) -> list[str]:

@@ -6,8 +6,10 @@ from functools import cached_property
 
 import pymongo
 from pymongo.errors import PyMongoError
+from redis import Redis
 from redis.exceptions import RedisError
 
+from quern.analytics import handler as analytics
 from quern.audit import chain
 from quern.config import LiveSettings, Settings
 from quern.forms.form import OpenForms, Versions
@@ -17,6 +19,9 @@ from quern.jobs.handler import Registry, Tick
 from quern.jobs.scheduler import Chore
 from quern.jobs.wake import Nudger, Waker
 from quern.observe import metrics
+from quern.openai import notice
+from quern.openai.answering import Answering
+from quern.openai.batches import BatchJobs
 from quern.store.connection import Store
 from quern.store.redis_connection import connect
 from quern.store.vault import Vault
@@ -75,7 +80,23 @@ class Runtime:
     def registry(self) -> Registry:
         tls = client_tls(self.settings.webhook)
         steps = Steps(self.engine, self.versions, tls)
-        return Registry([*steps.handlers(self.settings.webhook), handler_of_test_events(tls)])
+        openai = self.settings.openai
+        answering = Answering(self.engine, lambda: self._redis, openai)
+        batches = BatchJobs(openai, lambda: self.registry)
+        return Registry(
+            [
+                *steps.handlers(self.settings.webhook),
+                handler_of_test_events(tls),
+                *answering.handlers(),
+                *batches.handlers(),
+                notice.handler(self.settings.webhook, tls),
+                *analytics.handlers(),
+            ]
+        )
+
+    @cached_property
+    def _redis(self) -> Redis:
+        return connect(self.store.redis_queue_url, timeout=1.0)
 
     @cached_property
     def open_forms(self) -> OpenForms:
@@ -114,7 +135,7 @@ class Runtime:
     @property
     def ticks(self) -> list[Tick]:
         """Periodic jobs."""
-        return []
+        return analytics.ticks(self.settings.analytics)
 
     @property
     def chores(self) -> list[Chore]:

@@ -55,7 +55,7 @@ def api() -> None:
 
 @click.command()
 def events() -> None:
-    """Serve event streams (QUERN_EVENTS_BIND): everything that waits."""
+    """Serve what waits (QUERN_EVENTS_BIND): event streams, and the OpenAI-shaped /v1."""
     from quern.events.server import main
     from quern.events.wiring import authenticator
 
@@ -64,7 +64,7 @@ def events() -> None:
     logs.configure("events", settings.log_level, settings.log_file)
     traces.configure("events", settings.otlp_endpoint)
     metrics.serve(settings.metrics_bind)
-    main(runtime.live, authenticator(runtime))
+    main(runtime.live, authenticator(runtime), runtime)
 
 
 @click.command()

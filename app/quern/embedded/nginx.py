@@ -20,9 +20,10 @@ EVENT_STREAMS = (r"^/api/v1/jobs/[^/]+/events$",)
 class Nginx(ChildProcess):
     """Listens on one loopback port; everything it writes stays in `directory`.
 
-    `event_streams` are regular expressions (PCRE) of paths that are served unbuffered by `events_socket`. Bodies over
-    `body_megabytes` are refused with a problem document (RFC 9457) before the API sees them, and so is everything
-    while an upstream is away. The port stays the same over restarts; `port` is only a wish.
+    `event_streams` are regular expressions (PCRE) of paths that are served unbuffered by `events_socket`, as `/v1` is.
+    Bodies over `body_megabytes` (under `/v1`: `file_megabytes`) are refused before the API sees them, and so is everything
+    while an upstream is away; both with an error in the form of the path. The port stays the same over restarts; `port`
+    is only a wish.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Nginx(ChildProcess):
         event_streams: Sequence[str] = EVENT_STREAMS,
         port: int | None = None,
         body_megabytes: int = 2,
+        file_megabytes: int = 40,
     ) -> None:
         self.directory = directory
         self.port = free_port(port)
@@ -59,6 +61,7 @@ class Nginx(ChildProcess):
                 events_socket=events_socket.absolute(),
                 event_streams=event_streams,
                 body_megabytes=body_megabytes,
+                file_megabytes=file_megabytes,
             )
         )
         super().__init__(

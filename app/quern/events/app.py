@@ -19,7 +19,9 @@ from quern.events.database import AsyncStore
 from quern.events.edge import Edge
 from quern.events.exchange import Exchange
 from quern.events.hub import Hub
+from quern.events.v1.service import PREFIX, add_v1, http_error
 from quern.observe.logs import request_id
+from quern.runtime import Runtime
 from quern.store import identifier
 from quern.store.connection import is_away
 
@@ -28,10 +30,10 @@ _log = logging.getLogger(__name__)
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 
-def create_app(live: LiveSettings, authenticate: Authenticate) -> Quart:
+def create_app(live: LiveSettings, authenticate: Authenticate, runtime: Runtime | None = None) -> Quart:
     """The application; its hub runs while it is served. `app.extensions["edge"]` is its Edge.
 
-    `authenticate` is called on the event loop and must not block it.
+    `authenticate` is called on the event loop and must not block it. `/v1` is served with a `runtime` only.
     """
     settings = live.get().event
     store = AsyncStore(live)
@@ -43,6 +45,8 @@ def create_app(live: LiveSettings, authenticate: Authenticate) -> Quart:
     app.asgi_app = Exchange(app.asgi_app, settings.send_timeout)  # type: ignore[method-assign]
     app.register_blueprint(jobs.blueprint(edge))
     app.register_blueprint(operations.blueprint(edge))
+    if runtime is not None:
+        add_v1(app, edge, runtime)
 
     @app.while_serving
     async def hub() -> AsyncGenerator[None, None]:
@@ -69,6 +73,8 @@ def create_app(live: LiveSettings, authenticate: Authenticate) -> Quart:
 
     @app.errorhandler(HTTPException)
     async def on_http_error(error: HTTPException) -> Response:
+        if request.path.startswith(PREFIX + "/"):
+            return http_error(error)
         allow = {name: value for name, value in error.get_headers() if name == "Allow"}
         return problem.response(problem.ProblemError(error.code or 500, error.description or "", allow))
 

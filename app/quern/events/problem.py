@@ -6,6 +6,8 @@ from http import HTTPStatus
 import orjson
 from quart import Response
 
+from quern.observe.logs import request_id
+
 
 class ProblemError(Exception):
     """Ends a request with a problem document; `detail` says what was expected, found, and what to do."""
@@ -24,6 +26,7 @@ def response(error: ProblemError) -> Response:
         "title": HTTPStatus(error.status).phrase,
         "status": error.status,
         "detail": error.detail,
+        "request_id": request_id.get() or "",
     }
     return Response(
         orjson.dumps(document), status=error.status, headers=error.headers, content_type="application/problem+json"

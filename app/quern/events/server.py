@@ -15,6 +15,7 @@ from quern.events.app import create_app
 from quern.events.authentication import Authenticate
 from quern.events.edge import Edge
 from quern.events.exchange import Listener
+from quern.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
@@ -28,14 +29,14 @@ class _Config(Config):
         return Sockets(secure_sockets=[], insecure_sockets=list(listeners), quic_sockets=[])
 
 
-def main(live: LiveSettings, authenticate: Authenticate) -> None:
+def main(live: LiveSettings, authenticate: Authenticate, runtime: Runtime | None = None) -> None:
     """Serve until told to stop. `event_bind` may be `unix:/path` (mode 0660), `host:port` or `fd://3` (systemd).
 
     Raises:
         RuntimeError: there are too few file descriptors for the streams that the settings allow.
     """
     _raise_descriptor_limit(live.get().event.max_streams + _SPARE_DESCRIPTORS)
-    asyncio.run(serve(create_app(live, authenticate), live.get().events_bind))
+    asyncio.run(serve(create_app(live, authenticate, runtime), live.get().events_bind))
 
 
 async def serve(app: Quart, bind: str) -> None:

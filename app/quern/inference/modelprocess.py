@@ -34,6 +34,7 @@ from quern.inference.llama import Context, Grammar, LlamaError, Model, start_bac
 from quern.inference.llama_options import BackendOptions
 from quern.inference.protocol import (
     REQUEST,
+    TOO_LONG,
     Classification,
     ClassifyRequest,
     CountTokensRequest,
@@ -290,8 +291,7 @@ class ModelProcess:
             max_tokens = min(max_tokens, max(1, self._most_tokens - len(prompt)))
         if len(prompt) + max_tokens > self._most_tokens:
             raise RefusedError(
-                f"expected prompt and answer to fit into {self._most_tokens} tokens, "
-                f"found {len(prompt)} of prompt and {max_tokens} of answer"
+                f"{TOO_LONG} {self._most_tokens} tokens, found {len(prompt)} of prompt and {max_tokens} of answer"
             )
         if self._faults.poisons and any(text in str(body) for text in self._faults.poisons):
             self._faults.poisoned.add(number)

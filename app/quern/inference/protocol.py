@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_EVENT_BYTES = 64 * 1024 * 1024
+#: How the refusal of a prompt that is too long begins.
+TOO_LONG = "expected prompt and answer to fit into"
 #: The refusal of tools by a model that was not made for them; a client may then describe them in words.
 NO_TOOLS = "this model's chat template has no place for tools"
 
