@@ -17,7 +17,8 @@ from quern.config import Settings
 from quern.embedded.process import ChildProcess
 from quern.embedded.redis_server import RedisServer
 from quern.jobs import capacity
-from quern.jobs.model import NewJob, Queue
+from quern.jobs.model import CONCURRENCY, NewJob, Queue
+from quern.store import clock
 from quern.store.connection import Store
 from tests.app.jobs.making import enqueue, events, new_job, read
 
@@ -194,6 +195,21 @@ def test_periodic_and_urgent_work_is_done_by_the_workers_of_its_queue(store: Sto
     assert store.db.jobs.count_documents(nightly) == 1
     assert store.db.effects.count_documents({}) == 2
     assert capacity.of(store.db, "low") > 0
+
+
+def test_a_worker_in_a_flood_of_one_tenant_comes_to_another_after_a_few_jobs(store: Store, start: Start) -> None:
+    """Four at a time: ahead of the single one are those that were claimed when it came, and few turns."""
+    start("worker")
+    flood = [new_job("nap", tenant="ten_flood", payload={"seconds": 0.05}) for _ in range(10_000)]
+    enqueue(store, *flood)
+    wait_until(lambda: store.db.effects.estimated_document_count() > 20, "the worker to be in the flood")
+    [single] = enqueue(store, new_job("nap", tenant="ten_single", payload={"seconds": 0.05}))
+    came = clock.now()
+    wait_until(lambda: store.db.effects.find_one({"job": single}) is not None, "the other tenant's job")
+    done = store.db.effects.find_one({"job": single})
+    assert done is not None
+    ahead = store.db.effects.count_documents({"at": {"$gt": came, "$lt": done["at"]}})
+    assert ahead <= 3 * CONCURRENCY[Queue.DEFAULT]
 
 
 def test_a_worker_says_how_much_it_does_at_once(store: Store, start: Start) -> None:
