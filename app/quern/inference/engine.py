@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from quern.inference.modelpool import ModelPool
 from quern.inference.protocol import (
     MAX_REQUEST_BYTES,
     REQUEST,
@@ -46,14 +47,14 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._supervisor = Supervisor(settings)
+        self._pool = ModelPool(settings)
 
     async def serve(self) -> None:
         """Serve until cancelled."""
         path = self._settings.socket
         listener = _listen(path, self._settings.socket_mode)
         server = await asyncio.start_unix_server(self._handle, sock=listener, limit=MAX_REQUEST_BYTES)
-        supervision = asyncio.create_task(self._supervisor.run())
+        supervision = asyncio.create_task(self._pool.run())
         log.info("the engine listens", extra={"socket": str(path)})
         try:
             await supervision
@@ -87,34 +88,40 @@ class Engine:
             return
         match body:
             case HealthRequest():
-                await _send(writer, ResultEvent(data=self._supervisor.health.model_dump()))
+                await _send(writer, ResultEvent(data=self._pool.health.model_dump()))
             case ModelsRequest():
-                await _send(writer, ResultEvent(data=ServedModels(models=self._supervisor.served()).model_dump()))
+                await _send(writer, ResultEvent(data=ServedModels(models=self._pool.served()).model_dump()))
             case FaultRequest() if not self._settings.allow_fault_injection:
                 await _send(writer, ErrorEvent(kind="refused", message="this engine takes no orders to fail"))
             case StatsRequest():
-                await self._answer_stats(body, reader, writer)
+                await self._answer_stats(body, writer)
             case _:
                 if isinstance(body, FaultRequest):
-                    self._supervisor.remember_fault(body.model_dump())
-                await self._relay(self._supervisor.submit(body), reader, writer)
+                    self._pool.remember_fault(body.model_dump())
+                await self._relay(self._pool.submit(body), reader, writer)
 
-    async def _answer_stats(self, body: BaseModel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        values = self._supervisor.counters | self._supervisor.gauges()
-        if self._supervisor.health.status == "ready":
-            submitted = self._supervisor.submit(body)
-            if isinstance(submitted, Pending):
-                try:
-                    event = await asyncio.wait_for(submitted.events.get(), 2.0)
-                    if isinstance(event, ResultEvent):
-                        values |= event.data["values"]
-                except TimeoutError:
-                    pass  # busy dying: what this side knows is better than nothing
-                finally:
-                    self._supervisor.drop(submitted)
+    async def _answer_stats(self, body: StatsRequest, writer: asyncio.StreamWriter) -> None:
+        values = self._pool.counters()
+        ready = [one for one in self._pool.supervisors if one.health.status == "ready"]
+        for found in await asyncio.gather(*(self._stats_of(one, body) for one in ready)):
+            for name, value in found.items():
+                values[name] = values.get(name, 0.0) + value
         named = {f"quern_engine_{name}": value for name, value in values.items()}
-        named["quern_engine_up"] = float(self._supervisor.health.status == "ready")
+        named["quern_engine_up"] = float(self._pool.health.status == "ready")
         await _send(writer, ResultEvent(data={"values": named}))
+
+    @staticmethod
+    async def _stats_of(supervisor: Supervisor, body: StatsRequest) -> dict[str, float]:
+        submitted = supervisor.submit(body)
+        if not isinstance(submitted, Pending):
+            return {}
+        try:
+            event = await asyncio.wait_for(submitted.events.get(), 2.0)
+        except TimeoutError:
+            return {}  # busy dying: what this side knows is better than nothing
+        finally:
+            submitted.drop()
+        return dict(event.data["values"]) if isinstance(event, ResultEvent) else {}
 
     async def _relay(
         self, submitted: Pending | ErrorEvent, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -139,7 +146,7 @@ class Engine:
             if gone.done():
                 raise ConnectionResetError
         finally:
-            self._supervisor.drop(submitted)
+            submitted.drop()
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await gone

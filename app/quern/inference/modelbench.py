@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -94,7 +94,7 @@ def recommend(found: dict[str, Figures]) -> str:
     return min(best, key=lambda kind: best[kind].job_seconds)
 
 
-def _apart(what: str, path: Path, *, blas: bool, threads: int) -> dict[str, float]:
+def _apart(what: str, path: Path, *, blas: bool, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "quern.inference.modelbench", what, str(path), str(int(blas)), str(threads)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -103,7 +103,7 @@ def _apart(what: str, path: Path, *, blas: bool, threads: int) -> dict[str, floa
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or [f"llama.cpp died (exit status {done.returncode})"]
         raise ProbeError(f"{path.name}: {said[0]}")
-    values: dict[str, float] = json.loads(done.stdout)
+    values: dict[str, Any] = json.loads(done.stdout)
     return values
 
 

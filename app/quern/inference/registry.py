@@ -1,12 +1,18 @@
 """Which models there are, where their files lie, and whether those files are what they claim to be.
 
-A model file is checked here, in Python, before any native code reads a byte of it: size, magic number and SHA-256.
+A model file is checked here, in Python, before any native code reads a byte of it: magic number, header, size and
+SHA-256.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,10 +20,10 @@ from typing import Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from quern.inference import gguf
+
 OWN_LIST = "models.yml"
-#: GGUF begins with these four bytes, a 32-bit version, and two 64-bit counts (ggml's docs/gguf.md).
-GGUF_MAGIC = b"GGUF"
-GGUF_HEADER_BYTES = 24
+_OWN_LIST_HEADER = "# The operator's own models, as `quern models` enters them; docs/models.md tells the form.\n"
 
 
 class ModelFileError(Exception):
@@ -63,6 +69,10 @@ class Model(BaseModel):
     template: str = "file"
     dimensions: int | None = Field(None, gt=0)
     source: ModelSource | None = None
+
+    def need_mib(self, context: int) -> float:
+        """MiB that it takes while it is loaded with this much context memory."""
+        return self.memory_mib + self.context_kib * context / 1024
 
 
 class FileIdentity(NamedTuple):
@@ -147,13 +157,10 @@ def _verify(model: Model, file: ModelFile, path: Path) -> FileIdentity:
         with path.open("rb") as stream:
             stat = os.fstat(stream.fileno())
             if path.suffix == ".gguf":
-                header = stream.read(GGUF_HEADER_BYTES)
-                if len(header) < GGUF_HEADER_BYTES or not header.startswith(GGUF_MAGIC):
-                    raise ModelFileError(
-                        f"{path}: expected a GGUF file, found {header[:4]!r} and {stat.st_size} bytes; {remedy}"
-                    )
-                stream.seek(0)
+                gguf.read(path)
             found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except gguf.GgufError as error:
+        raise ModelFileError(f"{path}: {error}; {remedy}") from error
     except OSError as error:
         raise ModelFileError(
             f"{path}: expected {file.path} of {model.name}, found {error.strerror or error}; {remedy}"
@@ -161,3 +168,86 @@ def _verify(model: Model, file: ModelFile, path: Path) -> FileIdentity:
     if found != file.sha256:
         raise ModelFileError(f"{path}: expected SHA-256 {file.sha256}, found {found} ({stat.st_size} bytes); {remedy}")
     return FileIdentity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def known_own(models_dir: Path) -> dict[str, Model]:
+    """The models of the operator's own list alone, by name."""
+    own = models_dir / OWN_LIST
+    return {model.name: model for model in _read(own.read_text(encoding="utf-8"), str(own))} if own.exists() else {}
+
+
+def bring_in(
+    file: Path, models_dir: Path, describe: Callable[[ModelFile], Model], *, move: bool = False, replace: bool = False
+) -> Model:
+    """Put a model's file into the models folder, whole or not at all, and enter it into the operator's list.
+
+    Args:
+        describe: makes the entry out of the file's name and SHA-256.
+        move: take the file away from where it was; it has to lie on the same file system.
+        replace: an entry and a file of that name may be there.
+
+    Raises:
+        ModelFileError: the name is taken, the file changed while it was copied, or the list is broken.
+        OSError: there is no room, or no permission.
+    """
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with _own_list_locked(models_dir):
+        with tempfile.TemporaryDirectory(prefix=".add-", dir=models_dir) as temporary:
+            if move:
+                arrived = file
+            else:
+                arrived = Path(temporary) / file.name
+                shutil.copyfile(file, arrived)
+            before = identity(arrived)
+            with arrived.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+            model = describe(ModelFile(path=file.name, sha256=sha256))
+            if not replace and model.name in known_models(models_dir):
+                raise ModelFileError(f"expected a new name, found {model.name!r}, which is in the registry")
+            if identity(arrived) != before:
+                raise ModelFileError(f"{file}: it changed while it was read")
+            place = file_path(model, model.files[0], models_dir)
+            place.parent.mkdir(exist_ok=True)
+            arrived.chmod(0o644)
+            arrived.replace(place)
+        _write_own(known_own(models_dir) | {model.name: model}, models_dir)
+    return model
+
+
+def take_out(name: str, models_dir: Path) -> int:
+    """Remove a model's files, and its entry if it is the operator's own; returns the bytes that are free now.
+
+    Raises:
+        UnknownModelError: no such model, or nothing of it is here.
+    """
+    with _own_list_locked(models_dir):
+        known, own = known_models(models_dir), known_own(models_dir)
+        folder = models_dir / name
+        if name not in known or (name not in own and not folder.exists()):
+            raise UnknownModelError(f"expected a model that is here, found {name!r}; here: {', '.join(sorted(known))}")
+        if name in own:
+            _write_own({key: model for key, model in own.items() if key != name}, models_dir)
+        freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+        if folder.exists():
+            shutil.rmtree(folder)
+    return freed
+
+
+@contextmanager
+def _own_list_locked(models_dir: Path) -> Iterator[None]:
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with (models_dir / f".{OWN_LIST}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_own(models: dict[str, Model], models_dir: Path) -> None:
+    entries = [model.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for model in models.values()]
+    text = _OWN_LIST_HEADER + yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=120)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=models_dir, delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+        Path(file.name).chmod(0o644)
+    Path(file.name).replace(models_dir / OWN_LIST)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from quern.inference.registry import default_models_dir
 
@@ -24,6 +24,15 @@ class EngineSettings(BaseSettings):
     )
     chat_model: str = "smollm2-135m-instruct-q4_1"
     embedding_model: str = "all-minilm-l6-v2-int8"
+    pinned: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="further chat models that are loaded at the start and stay, by name, separated by commas"
+    )
+    memory_mib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="MiB for all models together; default: four fifths of what this process may use"
+    )
+    residence: float = Field(
+        20.0, ge=0, le=3600, description="how long a model that is used stays before it makes room for another"
+    )
     threads: Annotated[int, Field(ge=1, le=512)] | None = Field(
         None, description="default: every core this process may use"
     )
@@ -44,6 +53,11 @@ class EngineSettings(BaseSettings):
     prefix_cache: bool = Field(True, description="compute what prompts of one tenant begin with in common only once")
     allow_fault_injection: bool = Field(False, description="for tests only: lets a client crash the model's process")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("pinned", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _steps_hold_every_sequence(self) -> EngineSettings:

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 STRIKES_FROM_OUTSIDE = 6
 #: Pauses between starts that fail, in seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0
+#: Deaths while the models are loaded, one after another, that make the engine say so instead of going on in silence.
+DEATHS_WHILE_LOADING = 3
 WATCH_INTERVAL = 0.5
 #: How long after its deadline a request that the model process says nothing of is given up.
 DEADLINE_GRACE = 2.0
@@ -75,13 +78,20 @@ class Pending:
     killed: int = 0
     sent_tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    drop: Callable[[], None] = lambda: None
 
 
 class Supervisor:
-    """The engine's requests and its model process. Everything runs on one event loop."""
+    """The requests to one model process, and that process. Everything runs on one event loop.
 
-    def __init__(self, settings: EngineSettings) -> None:
+    Args:
+        on_change: called when the models are loaded or cannot be, and when a request ends.
+    """
+
+    def __init__(self, settings: EngineSettings, on_change: Callable[[], None] = lambda: None) -> None:
         self._settings = settings
+        self._on_change = on_change
+        self._held = False
         self._pending: dict[int, Pending] = {}
         self._suspects: deque[Pending] = deque()
         self._alone: Pending | None = None
@@ -149,12 +159,52 @@ class Supervisor:
         seed = getattr(body, "seed", None)
         self._numbers += 1
         pending = Pending(self._numbers, body, now, now + seconds, secrets.randbits(62) if seed is None else seed)
+        pending.drop = lambda: self.drop(pending)
         self._pending[pending.number] = pending
         if isinstance(body, GenerateRequest) and (ahead := self._ahead_of(pending)) > 0:
             pending.events.put_nowait(QueuedEvent(ahead=ahead))
         if isinstance(body, _ASIDE) or (not self._suspects and self._alone is None):
             self._give(pending)
         return pending
+
+    @property
+    def wanted_since(self) -> float | None:
+        """When the oldest request that needs the model arrived; None when there is none."""
+        waiting = (one.arrived for one in self._pending.values() if not isinstance(one.body, _ASIDE))
+        return min(waiting, default=None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the model process works on a request."""
+        return any(pending.at_work for pending in self._pending.values())
+
+    def hold(self) -> None:
+        """Give the model process nothing more until it was parked; what it works on is finished."""
+        self._held = True
+
+    def release(self) -> None:
+        """Undo `hold`."""
+        if self._held:
+            self._held = False
+            self._go_on()
+
+    def park(self) -> None:
+        """Note that there is no model process any more, by intention; requests wait until `run` is called again."""
+        self._held = False
+        self._health = Health(status="starting", detail="the model is not loaded")
+
+    def expire(self) -> None:
+        """End the requests whose deadline has passed."""
+        now = time.monotonic()
+        for pending in [pending for pending in self._pending.values() if now > pending.deadline + DEADLINE_GRACE]:
+            if pending.at_work:
+                self._send({"command": "cancel", "request": pending.number})
+            self._end(pending, ErrorEvent(kind="deadline", message="the deadline passed while it waited"))
+
+    def refuse_all(self, kind: ErrorKind, message: str) -> None:
+        """End every request with the same word."""
+        for pending in list(self._pending.values()):
+            self._end(pending, ErrorEvent(kind=kind, message=message, retry_after=5.0))
 
     def drop(self, pending: Pending) -> None:
         """Nobody waits for this request any more."""
@@ -192,7 +242,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Keep a model process running until cancelled."""
-        pause = FIRST_PAUSE
+        pause, deaths = FIRST_PAUSE, 0
         try:
             while True:
                 self._was_ready = False
@@ -202,6 +252,9 @@ class Supervisor:
                     self._fail(str(error))
                 else:
                     await self._run_process(checked)
+                    deaths = 0 if self._was_ready or self._health.status == "failed" else deaths + 1
+                    if deaths >= DEATHS_WHILE_LOADING:
+                        self._fail(f"the model process died {deaths} times while it loaded its models")
                 if self._was_ready:
                     pause = FIRST_PAUSE
                 await asyncio.sleep(pause)
@@ -292,17 +345,14 @@ class Supervisor:
                     with contextlib.suppress(ProcessLookupError):
                         self._process.send_signal(signal.SIGABRT)
                     break
-            for pending in [pending for pending in self._pending.values() if now > pending.deadline + DEADLINE_GRACE]:
-                if pending.at_work:
-                    self._send({"command": "cancel", "request": pending.number})
-                self._end(pending, ErrorEvent(kind="deadline", message="the deadline passed while it waited"))
+            self.expire()
 
     def _send(self, command: dict[str, Any]) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(orjson.dumps(command, option=orjson.OPT_NON_STR_KEYS) + b"\n")
 
     def _give(self, pending: Pending) -> None:
-        if self._health.status != "ready":
+        if self._health.status != "ready" or (self._held and not isinstance(pending.body, _ASIDE)):
             return
         pending.at_work = True
         self._send(
@@ -326,6 +376,7 @@ class Supervisor:
             for fault in self._faults:
                 self._send({"command": "request", "request": 0, "body": fault})
             self._go_on()
+            self._on_change()
             return
         if kind == "failed":
             self._fail(report["message"])
@@ -349,8 +400,8 @@ class Supervisor:
     def _fail(self, detail: str) -> None:
         log.error("the models cannot be loaded", extra={"detail": detail})
         self._health = Health(status="failed", detail=detail)
-        for pending in list(self._pending.values()):
-            self._end(pending, ErrorEvent(kind="unavailable", message=detail, retry_after=5.0))
+        self.refuse_all("unavailable", detail)
+        self._on_change()
 
     def _bury(self, code: int) -> None:
         """Sort the requests of a dead process into suspects and the others."""
@@ -422,6 +473,7 @@ class Supervisor:
             self._alone = None
         elif pending in self._suspects:
             self._suspects.remove(pending)
+        self._on_change()
 
     def remember_fault(self, fault: dict[str, Any]) -> None:
         """Order the same fault of the next process, too (tests only)."""

@@ -318,9 +318,9 @@ def test_a_damaged_model_never_reaches_native_code_and_is_served_once_it_is_mend
     with launch_engine(models=str(folder)) as engine:
         wait_until(engine.answers, "the engine to listen")
         wait_until(lambda: engine.client.health().status == "failed", "the engine to notice")
-        assert "expected SHA-256" in engine.client.health().detail
+        assert "cut short" in engine.client.health().detail
         assert not engine.has_model_process()
-        with pytest.raises(EngineUnavailable, match="expected SHA-256"):
+        with pytest.raises(EngineUnavailable, match="cut short"):
             engine.client.generate(_ask())
         path.write_bytes(whole)
         engine.wait_ready()
