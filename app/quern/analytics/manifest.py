@@ -108,10 +108,11 @@ class Manifest:
             raise NoWarehouseError(
                 f"expected a warehouse of format {_FORMAT}, found {raw.get('format')}; run `quern etl rebuild`"
             )
-        return cls._of(root, raw)
+        return cls.of(root, raw)
 
     @classmethod
-    def _of(cls, root: Path, raw: dict[str, Any]) -> "Manifest":
+    def of(cls, root: Path, raw: dict[str, Any]) -> "Manifest":
+        """From its JSON, see `raw`."""
         tables = {
             table: {tenant: tuple(Partition(**item) for item in items) for tenant, items in tenants.items()}
             for table, tenants in raw["tables"].items()
@@ -162,28 +163,32 @@ class Manifest:
         return {item.path for tenants in self.tables.values() for items in tenants.values() for item in items}
 
     def publish(self, *, keep: timedelta, freshness: datetime, source: Source, at: datetime) -> "Manifest":
-        """Make this the warehouse, in one rename; returns it as published, as the next generation.
+        """Make this the warehouse, in one rename; returns it as published.
 
+        As the next generation, unless it names the same files: then only the moments are newer.
+        Its new files are flushed to the disk first: after a power cut no manifest names what is not there.
         Files that the manifest on disk names and this one does not are retired; those retired longer than `keep` ago
         are struck from the list (`warehouse.prune` deletes what is on no list).
         """
-        before = _load_or_empty(self.root)
+        before = load_or_empty(self.root)
         gone = dict.fromkeys(before.paths - self.paths, at)
         held = {item.path: item.at for item in before.retired if item.at > at - keep}
         retired = tuple(Retired(path, when) for path, when in sorted({**gone, **held}.items()))
         made = replace(
             self,
-            generation=before.generation + 1,
+            generation=before.generation + (self.paths != before.paths or not before.generation),
             published_at=at,
             freshness=freshness,
             retired=retired,
             source=source,
         )
+        _flush(self.root, self.paths - before.paths)
         made._write()
         return made
 
-    def _write(self) -> None:
-        raw = {
+    def raw(self) -> dict[str, Any]:
+        """As the manifest's JSON; `of` reads it again."""
+        return {
             "format": _FORMAT,
             "generation": self.generation,
             "published_at": self.published_at,
@@ -195,15 +200,30 @@ class Manifest:
                 for table, tenants in self.tables.items()
             },
         }
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.root / NAME, orjson.dumps(raw, option=orjson.OPT_UTC_Z))
+
+    def _write(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
+        write_atomically(self.root / NAME, orjson.dumps(self.raw(), option=orjson.OPT_UTC_Z))
 
 
-def _load_or_empty(root: Path) -> Manifest:
-    try:
-        return Manifest.load(root)
-    except NoWarehouseError:
+def load_or_empty(root: Path) -> Manifest:
+    """The published warehouse, or one without a row where nothing was published yet."""
+    if not (root / NAME).exists():
         return Manifest(root)
+    return Manifest.load(root)
+
+
+def _flush(root: Path, paths: Iterable[str]) -> None:
+    directories = set()
+    for path in paths:
+        handle = os.open(root / path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        directories |= {root / parent for parent in Path(path).parents}
+    for directory in directories:
+        sync_directory(directory)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -234,3 +254,11 @@ def sync_directory(directory: Path) -> None:
 def day_of(moment: datetime) -> date:
     """The UTC day of a moment."""
     return moment.astimezone(UTC).date()
+
+
+def safe(tenant: str) -> str:
+    """A tenant's identifier as a folder's name: what could be anything else than a name is spelled out."""
+    return "".join(
+        character if character.isascii() and (character.isalnum() or character in "_-") else f"%{ord(character):x}"
+        for character in tenant
+    )

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quern.analytics.manifest import Partition, sync_directory
+from quern.analytics.manifest import Partition, safe
 from quern.analytics.schema import Table
 
 #: Rows of a row group: what a reader decodes at once, and so what a writer holds at once.
@@ -29,7 +29,7 @@ class PartitionWriter:
     ) -> None:
         self._table, self._period, self._limit = table, period, batch_bytes
         # The random part: a run that was killed may have left a file of this generation.
-        self._path = f"tenants/{tenant}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"
+        self._path = f"tenants/{safe(tenant)}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"
         self._final = root / self._path
         self._temporary = self._final.with_suffix(".writing")
         self._schema = table.arrow
@@ -69,7 +69,7 @@ class PartitionWriter:
         self._waiting_rows = self._waiting_bytes = 0
 
     def close(self) -> Partition | None:
-        """Finish the file, make it durable and give it its name; None when there was no row, and so no file."""
+        """Finish the file and name it; None when there was no row, and so no file. Publication makes it durable."""
         self._flush()
         if self._writer is None:
             return None
@@ -105,22 +105,20 @@ _NO_DICTIONARY: Final = frozenset({"response", "job", "entry", "hash", "vector",
 
 
 def finish(temporary: Path, final: Path, path: str, period: str, rows: int) -> Partition:
-    """Make a written file durable and give it its name; `path` is that name relative to the warehouse."""
-    size, digest = sealed(temporary)
+    """Give a written file its name; `path` is that name relative to the warehouse."""
+    size, digest = measured(temporary)
     temporary.replace(final)
-    sync_directory(final.parent)
     return Partition(path=path, period=period, rows=rows, bytes=size, hash=digest)
 
 
-def sealed(path: Path) -> tuple[int, str]:
-    """Flush a file to the disk; returns its size and hash (BLAKE2b-128, hex)."""
+def measured(path: Path) -> tuple[int, str]:
+    """A file's size and hash (BLAKE2b-128, hex)."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
-        os.fsync(file.fileno())
+        os.fchmod(file.fileno(), 0o640)
         size = file.tell()
-    path.chmod(0o640)
     return size, digest.hexdigest()
 
 

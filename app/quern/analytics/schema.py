@@ -11,6 +11,7 @@ of a form what a path meant; `wide` turns one version's rows into one row a resp
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Final
 
 import pyarrow as pa
@@ -61,7 +62,7 @@ class Table:
     shared: bool = False
     """The same for every tenant, kept under `manifest.SHARED`."""
 
-    @property
+    @cached_property
     def arrow(self) -> pa.Schema:
         return pa.schema([pa.field(column.name, column.type.arrow, column.nullable) for column in self.columns])
 

@@ -81,6 +81,7 @@ def accept(db: Db, submission: Submission) -> Document:
         "tenant": principal.tenant,
         "form": submission.form,
         "version": submission.version,
+        "actor": principal.key,
         "status": submission.status,
         "created": now,
         "answers": submission.answers,

@@ -1,0 +1,136 @@
+"""The extract: a tenant's day as JSON Lines and as Parquet, for whoever wants the documents rather than the warehouse.
+
+    <extract>/<tenant>/<day>/responses.jsonl.zst  responses.parquet  audit.jsonl.zst  audit.parquet
+
+Each file is replaced whole, by rename, whenever its day is rewritten; a day without rows has no file.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quern.analytics.flatten import to_json
+from quern.analytics.partition import open_writer
+from quern.analytics.source import Chunk
+
+Compression = Literal["zstd", "gzip", "none"]
+_SUFFIX: Final = {"zstd": ".zst", "gzip": ".gz", "none": ""}
+_MOMENT: Final = pa.timestamp("ms")
+
+RESPONSES: Final = pa.schema(
+    [
+        *[pa.field(name, pa.string(), False) for name in ("id", "tenant", "form")],
+        pa.field("version", pa.int32(), False),
+        pa.field("status", pa.string(), False),
+        pa.field("created", _MOMENT, False),
+        pa.field("processed", _MOMENT),
+        pa.field("erased", _MOMENT),
+        pa.field("actor", pa.string()),
+        *[pa.field(name, pa.string()) for name in ("answers", "results", "steps")],
+        pa.field("hash", pa.int64(), False),
+    ]
+)
+AUDIT: Final = pa.schema(
+    [
+        *[pa.field(name, pa.string(), False) for name in ("id", "tenant")],
+        pa.field("at", _MOMENT, False),
+        *[pa.field(name, pa.string(), False) for name in ("actor", "action", "subject")],
+        *[pa.field(name, pa.string()) for name in ("detail", "mac", "request_id")],
+        pa.field("hash", pa.int64(), False),
+    ]
+)
+_NESTED: Final = frozenset({"answers", "results", "steps", "detail"})
+
+
+class ExtractWriter:
+    """Writes the two files of one collection's day. One left by an exception changes nothing."""
+
+    def __init__(self, directory: Path, name: str, columns: pa.Schema, compression: Compression) -> None:
+        self._directory, self._columns, self._compression = directory, columns, compression
+        self._lines = directory / f"{name}.jsonl{_SUFFIX[compression]}"
+        self._parquet = directory / f"{name}.parquet"
+        self._stale = [directory / f"{name}.jsonl{suffix}" for suffix in _SUFFIX.values()]
+        self._line_file: Any = None
+        self._table_file: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "ExtractWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        if kind is not None:
+            for path in (self._lines, self._parquet):
+                _temporary(path).unlink(missing_ok=True)
+
+    def write(self, chunk: Chunk) -> None:
+        """Add some documents."""
+        if self._table_file is None:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self._line_file = _open_lines(_temporary(self._lines), self._compression)
+            self._table_file = open_writer(_temporary(self._parquet), self._columns)
+        columns: dict[str, list[Any]] = {name: [] for name in self._columns.names}
+        lines: list[bytes] = []
+        for document, number in zip(chunk.documents, chunk.digests, strict=True):
+            row: dict[str, Any] = {"id": document["_id"], "hash": number}
+            for name, value in document.items():
+                if name in _NESTED:
+                    # Made once for both files.
+                    text = to_json(value)
+                    columns[name].append(text)
+                    row[name] = orjson.Fragment(text)
+                elif name != "_id":
+                    row[name] = value
+                    columns[name].append(value)
+            columns["id"].append(row["id"])
+            columns["hash"].append(row.pop("hash"))
+            count = len(lines) + 1
+            for values in columns.values():
+                if len(values) < count:
+                    values.append(None)
+            lines.append(to_json(row))
+        lines.append(b"")
+        self._line_file.write(b"\n".join(lines))
+        arrays = [pa.array(columns[field.name], field.type) for field in self._columns]
+        self._table_file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._columns))
+
+    def _close(self) -> None:
+        if self._line_file is not None:
+            self._line_file.close()
+            self._line_file = None
+        if self._table_file is not None:
+            self._table_file.close()
+            self._table_file = None
+
+    def replace(self) -> None:
+        """Put the written files in place; what there was of the day before goes, also when there is nothing now."""
+        self._close()
+        kept = []
+        for path in (self._lines, self._parquet):
+            if _temporary(path).exists():
+                _temporary(path).chmod(0o640)
+                _temporary(path).replace(path)
+                kept.append(path)
+        for path in {*self._stale, self._parquet} - set(kept):
+            path.unlink(missing_ok=True)
+        for folder in (self._directory, self._directory.parent):
+            try:
+                folder.rmdir()
+            except OSError:
+                # Not empty, or never made.
+                break
+
+
+def _open_lines(path: Path, compression: Compression) -> Any:
+    if compression == "none":
+        return path.open("wb")
+    return pa.CompressedOutputStream(str(path), compression)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")

@@ -1,0 +1,184 @@
+"""The comparison of the published warehouse with MongoDB, day by day; what differs is named, never shown."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from quern.analytics import follow, source
+from quern.analytics.build import Sample
+from quern.analytics.manifest import Manifest, Partition
+from quern.analytics.partition import measured
+from quern.analytics.tally import COUNTED, Tally, add_rows
+from quern.store.connection import Db
+
+#: Rows named of one day.
+_NAMED: Final = 20
+_ROWS: Final = 65_536
+_FACTS: Final = tuple(COUNTED)
+
+
+@dataclass
+class Finding:
+    """One tenant's day on which the two differ."""
+
+    tenant: str
+    day: date
+    problems: list[str]
+
+
+@dataclass
+class Verification:
+    """What a comparison found."""
+
+    days: int = 0
+    responses: int = 0
+    audit: int = 0
+    changed_since: int = 0
+    """Days that have changed since the publication, and so were not compared."""
+    findings: list[Finding] = field(default_factory=list)
+    missing_files: list[str] = field(default_factory=list)
+    """Files that the manifest names and that are not there, or not what was written."""
+
+    @property
+    def holds(self) -> bool:
+        return not self.findings and not self.missing_files
+
+
+def verify(
+    db: Db,
+    manifest: Manifest,
+    *,
+    since: date | None = None,
+    until: date | None = None,
+    tenant: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Compare a published warehouse with what MongoDB holds now.
+
+    Days that have changed since the publication are left to the next run. Jobs are compared as far as MongoDB still
+    has them: it forgets them after a month, the warehouse does not.
+
+    Raises:
+        follow.TokenLostError: it is not known what has changed since; run `quern etl run` first.
+    """
+    found = Verification(missing_files=damaged(manifest))
+    if found.missing_files:
+        return found
+    changes = follow.drain(db, manifest.source.token) if manifest.source.token else None
+    moved = changes.days if changes else set()
+    wanted: set[tuple[str, date]] = set()
+    low, high = since or date.min, until or date.max
+    for name in [tenant] if tenant else sorted({*source.tenants(db), *manifest.tenants}):
+        wanted |= {(name, day) for day in source.days(db, name, since, until)}
+        for table in ("fact_response", "fact_audit"):
+            for partition in manifest.partitions(table, name, since, until):
+                wanted |= {(name, day) for day in days_in(manifest.root / partition.path) if low <= day < high}
+    for number, (name, day) in enumerate(sorted(wanted)):
+        progress(number, len(wanted))
+        if (name, day) in moved:
+            found.changed_since += 1
+            continue
+        problems = _verify_day(db, manifest, name, day, found)
+        if problems:
+            found.findings.append(Finding(name, day, problems))
+    progress(len(wanted), len(wanted))
+    return found
+
+
+def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verification) -> list[str]:
+    stored, sample, kept_jobs = Tally(), Sample(), set[str]()
+    with source.snapshot(db) as session:
+        reader = source.DayReader(db, session, tenant, day)
+        for chunk in reader.responses():
+            for document, digest in zip(chunk.documents, chunk.digests, strict=True):
+                stored.responses += 1
+                stored.response_hash = source.signed(stored.response_hash + digest)
+                stored.add_document(document)
+                sample.offer(document, digest)
+            for job in reader.jobs([document["_id"] for document in chunk.documents]):
+                kept_jobs.add(job["_id"])
+                stored.jobs += 1
+                stored.attempts += job["attempt"]
+        stored.audit, stored.audit_hash = reader.count_audit()
+    there = Tally()
+    files = {table: manifest.files(table, tenant, day, day + timedelta(days=1)) for table in _FACTS}
+    for table, paths in files.items():
+        for rows in _rows_of(paths, [*COUNTED[table], *(["job"] if table == "fact_job" else [])], day):
+            if table == "fact_job":
+                rows = rows.filter(pc.is_in(rows.column("job"), pa.array(sorted(kept_jobs), pa.string())))
+            add_rows(there, table, rows)
+    found.days += 1
+    found.responses += stored.responses
+    found.audit += stored.audit
+    problems = stored.differences(there) + sample.compare(files["fact_answer"])
+    if problems:
+        problems += _named(db, tenant, day, files["fact_response"], files["fact_audit"])
+    return problems
+
+
+def _rows_of(paths: Iterable[Path], columns: list[str], day: date) -> Iterable[pa.RecordBatch]:
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for rows in file.iter_batches(_ROWS, columns=[*columns, "day"]):
+                yield rows.filter(pc.equal(rows.column("day"), pa.scalar(day, pa.date32())))
+
+
+def days_in(path: Path) -> set[date]:
+    """The days that a partition has rows of."""
+    found: set[date] = set()
+    with pq.ParquetFile(path) as file:
+        for rows in file.iter_batches(_ROWS, columns=["day"]):
+            found |= set(pc.unique(rows.column("day")).to_pylist())
+    return found
+
+
+def damaged(manifest: Manifest) -> list[str]:
+    """Files of the manifest that are missing, or not as they were written."""
+    found = []
+    for tenants in manifest.tables.values():
+        for partitions in tenants.values():
+            for partition in partitions:
+                path = manifest.root / partition.path
+                if not path.exists():
+                    found.append(f"{partition.path} is missing")
+                elif measured(path)[1] != partition.hash:
+                    found.append(f"{partition.path} is not what was written")
+    return found
+
+
+def differing_rows(db: Db, root: Path, tenant: str, day: date, partitions: dict[str, Partition]) -> list[str]:
+    """The rows of a day's files that differ from MongoDB, by identifier."""
+    paths = {
+        table: [root / partitions[table].path] if table in partitions else []
+        for table in ("fact_response", "fact_audit")
+    }
+    return _named(db, tenant, day, paths["fact_response"], paths["fact_audit"])
+
+
+def _named(db: Db, tenant: str, day: date, responses: list[Path], audit: list[Path]) -> list[str]:
+    with source.snapshot(db) as session:
+        reader = source.DayReader(db, session, tenant, day)
+        pairs = (
+            ("response", reader.hashes(), _hashes(responses, "response", day)),
+            ("audit entry", reader.audit_hashes(), _hashes(audit, "entry", day)),
+        )
+    found = []
+    for what, stored, there in pairs:
+        found += [f"{what} {name} is missing in the warehouse" for name in sorted(stored.keys() - there.keys())]
+        found += [f"{what} {name} is not in MongoDB" for name in sorted(there.keys() - stored.keys())]
+        both = stored.keys() & there.keys()
+        found += [f"{what} {name} differs" for name in sorted(both) if stored[name] != there[name]]
+    return found[:_NAMED]
+
+
+def _hashes(paths: list[Path], key: str, day: date) -> dict[str, int]:
+    found: dict[str, Any] = {}
+    for rows in _rows_of(paths, [key, "hash"], day):
+        found.update(zip(rows.column(key).to_pylist(), rows.column("hash").to_pylist(), strict=True))
+    return found

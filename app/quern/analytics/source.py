@@ -1,0 +1,203 @@
+"""Reading MongoDB for the warehouse: one tenant's day at a time, as of one moment, twice.
+
+Every document is hashed as the bytes that MongoDB sent, before anything is made of it. The second reading only counts
+and hashes, so that what was built is compared with the database and not with itself. Both readings happen in one
+snapshot session (`readConcern: snapshot` outside of a transaction, MongoDB 5.0 and later): what changes in between is
+seen by neither, and comes with the next run.
+
+It needs the rights `find` and `changeStream` on the database (the role `read`) and writes nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from hashlib import blake2b
+from typing import Final
+
+import bson
+from bson.codec_options import CodecOptions
+from pymongo.client_session import ClientSession
+
+from quern.forms import form as forms
+from quern.store.connection import Db, Document
+
+#: What of a document the warehouse is about; the outbox, the audit key and later additions never leave the database.
+RESPONSE_FIELDS: Final = dict.fromkeys(
+    ("tenant", "form", "version", "status", "created", "processed", "erased", "actor", "answers", "results", "steps"), 1
+)
+AUDIT_FIELDS: Final = dict.fromkeys(("tenant", "at", "actor", "action", "subject", "detail", "mac", "request_id"), 1)
+JOB_FIELDS: Final = dict.fromkeys(
+    (
+        *("subject", "kind", "queue", "state", "created", "due", "started", "ended", "attempt", "failures"),
+        *("payload.step", "log.type", "log.at"),
+    ),
+    1,
+)
+
+#: Documents of one answer of the server, which sends 16 MiB at most: what is held in memory at once.
+BATCH: Final = 2000
+#: Moments without a zone, for speed: they are all UTC.
+_PLAIN: Final[CodecOptions[Document]] = CodecOptions(tz_aware=False)
+_MASK: Final = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some documents, and the hash of each one's bytes."""
+
+    documents: list[Document]
+    digests: list[int]
+
+
+@contextmanager
+def snapshot(db: Db) -> Iterator[ClientSession]:
+    """A session whose readings all see the same moment; it must end within 300 seconds, the server's default."""
+    with db.client.start_session(snapshot=True) as session:
+        yield session
+
+
+def digest(raw: bytes | memoryview) -> int:
+    """64 bits (signed) of BLAKE2b over a document's BSON."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little", signed=True)
+
+
+def split(raw: bytes) -> Iterator[memoryview]:
+    """The documents in an answer of the server: each begins with its length."""
+    view, place = memoryview(raw), 0
+    while place < len(raw):
+        end = place + int.from_bytes(view[place : place + 4], "little")
+        yield view[place:end]
+        place = end
+
+
+def bounds(day: date) -> tuple[datetime, datetime]:
+    """First moment of a UTC day, and of the next."""
+    start = datetime.combine(day, time(), UTC)
+    return start, start + timedelta(days=1) if day < date.max else start
+
+
+def tenants(db: Db, session: ClientSession | None = None) -> list[str]:
+    """Every tenant with a response, an audit entry or a form, by jumps over the indexes."""
+    found: set[str] = set()
+    for collection in ("responses", "audit", "forms"):
+        found |= set(db[collection].distinct("tenant", session=session))
+    return sorted(found)
+
+
+def days(db: Db, tenant: str, since: date | None = None, until: date | None = None) -> set[date]:
+    """Days of [since, until) on which a tenant has a response or an audit entry, from the indexes alone."""
+    found: set[date] = set()
+    for collection, moment in (("responses", "created"), ("audit", "at")):
+        span = {"$gte": bounds(since or date.min)[0], "$lt": bounds(until or date.max)[0]}
+        match: Document = {"tenant": tenant, moment: span}
+        if collection == "responses":
+            match["form"] = {"$in": db.responses.distinct("form", {"tenant": tenant})}
+        group = {"$group": {"_id": {"$dateTrunc": {"date": f"${moment}", "unit": "day"}}}}
+        found |= {row["_id"].date() for row in db[collection].aggregate([{"$match": match}, group])}
+    return found
+
+
+class DayReader:
+    """One tenant's day, as of one moment."""
+
+    def __init__(self, db: Db, session: ClientSession, tenant: str, day: date) -> None:
+        self._db, self._session, self._tenant = db, session, tenant
+        start, end = bounds(day)
+        # Each form by name: the index begins with tenant and form.
+        listed = db.responses.distinct("form", {"tenant": tenant}, session=session)
+        self._responses: Document = {
+            "tenant": tenant,
+            "form": {"$in": listed},
+            "created": {"$gte": start, "$lt": end},
+        }
+        self._audit: Document = {"tenant": tenant, "at": {"$gte": start, "$lt": end}}
+
+    def responses(self) -> Iterator[Chunk]:
+        return self._chunks("responses", self._responses, RESPONSE_FIELDS)
+
+    def audit(self) -> Iterator[Chunk]:
+        return self._chunks("audit", self._audit, AUDIT_FIELDS)
+
+    def jobs(self, responses: Sequence[str]) -> list[Document]:
+        """The jobs that work on some responses, by index; with moments without a zone, as everywhere here."""
+        found = self._db.jobs.with_options(codec_options=_PLAIN).find(
+            {"subject": {"$in": list(responses)}, "tenant": self._tenant}, JOB_FIELDS, session=self._session
+        )
+        return list(found)
+
+    def count_responses(self) -> tuple[int, int]:
+        """Count and hash of the day's responses, read again."""
+        return self._count("responses", self._responses, RESPONSE_FIELDS)
+
+    def count_audit(self) -> tuple[int, int]:
+        return self._count("audit", self._audit, AUDIT_FIELDS)
+
+    def count_jobs(self, responses: Sequence[str]) -> tuple[int, int]:
+        """Jobs of some responses, and the sum of their attempts, as the server counts them."""
+        match = {"$match": {"subject": {"$in": list(responses)}, "tenant": self._tenant}}
+        group = {"$group": {"_id": None, "jobs": {"$sum": 1}, "attempts": {"$sum": "$attempt"}}}
+        for row in self._db.jobs.aggregate([match, group], session=self._session):
+            return row["jobs"], row["attempts"]
+        return 0, 0
+
+    def hashes(self) -> dict[str, int]:
+        """Each response's hash by identifier: to name the rows that differ."""
+        return {
+            document["_id"]: number
+            for chunk in self.responses()
+            for document, number in zip(chunk.documents, chunk.digests, strict=True)
+        }
+
+    def audit_hashes(self) -> dict[str, int]:
+        """Each audit entry's, likewise."""
+        return {
+            document["_id"]: number
+            for chunk in self.audit()
+            for document, number in zip(chunk.documents, chunk.digests, strict=True)
+        }
+
+    def _raw(self, collection: str, query: Document, fields: dict[str, int]) -> Iterator[bytes]:
+        return iter(self._db[collection].find_raw_batches(query, fields, session=self._session, batch_size=BATCH))
+
+    def _chunks(self, collection: str, query: Document, fields: dict[str, int]) -> Iterator[Chunk]:
+        for raw in self._raw(collection, query, fields):
+            yield Chunk(bson.decode_all(raw, _PLAIN), [digest(part) for part in split(raw)])
+
+    def _count(self, collection: str, query: Document, fields: dict[str, int]) -> tuple[int, int]:
+        count = total = 0
+        for raw in self._raw(collection, query, fields):
+            for part in split(raw):
+                count += 1
+                total += digest(part)
+        return count, signed(total)
+
+
+def signed(number: int) -> int:
+    """The lowest 64 bits of a sum as a signed number: how sums of hashes are compared."""
+    low = number & _MASK
+    return low - (1 << 64) if low >> 63 else low
+
+
+def versions(db: Db, tenant: str) -> list[Document]:
+    """All published versions of a tenant's forms, by form and number."""
+    found = db.form_versions.find({"tenant": tenant, "form": {"$in": db.forms.distinct("_id", {"tenant": tenant})}})
+    return sorted(found, key=lambda document: (document["form"], document["version"]))
+
+
+def version(db: Db, form: str, number: int) -> forms.Version | None:
+    """One published version."""
+    found = db.form_versions.find_one({"_id": f"{form}:{number}"})
+    if found is None:
+        return None
+    return forms.Version(form, found["tenant"], number, found["name"], found["definition"], found["workflow"])
+
+
+def people(db: Db, tenant: str) -> list[Document]:
+    """A tenant's API keys, without their hashes."""
+    return list(db.keys.find({"tenant": tenant}, {"name": 1, "kind": 1, "created": 1, "revoked": 1}).sort("_id", 1))
+
+
+def form_states(db: Db, tenant: str) -> dict[str, str]:
+    """The state of each of a tenant's forms."""
+    return {row["_id"]: row["status"] for row in db.forms.find({"tenant": tenant}, {"status": 1})}

@@ -1,0 +1,184 @@
+"""What is compared between MongoDB and the warehouse: counts, sums and hashes of a tenant's day.
+
+The MongoDB side of the sums is computed here by walking the documents, in the plainest way, by other code than the
+flattening that it judges: it knows no form, no kind of field and no column.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from quern.analytics.source import signed
+from quern.store.connection import Document
+
+#: Sums of floating-point numbers depend on their order; this much of their size they may differ by.
+_TOLERANCE = 1e-9
+
+
+@dataclass
+class Leaves:
+    """Values of answers, or of results."""
+
+    rows: int = 0
+    characters: int = 0
+    """Code points of all texts."""
+    numbers: float = 0.0
+    """Sum of all numbers."""
+    size: float = 0.0
+    """Sum of their absolute values: what a difference of `numbers` is measured against."""
+    true: int = 0
+    texts: int = 0
+    """Sum of the CRC-32 of every text's UTF-8: the words themselves, wherever they stand."""
+
+    def add(self, value: Any) -> None:
+        """Count every value in a JSON value."""
+        if isinstance(value, dict):
+            for inner in value.values():
+                self.add(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                self.add(inner)
+        elif value is not None:
+            self.rows += 1
+            if isinstance(value, str):
+                self.characters += len(value)
+                self.texts += crc32(value.encode())
+            elif isinstance(value, bool):
+                self.true += value
+            elif isinstance(value, int | float):
+                self.numbers += value
+                self.size += abs(value)
+
+    def differences(self, other: "Leaves", name: str) -> list[str]:
+        found = [
+            f"{name} {what}: {mine} in MongoDB, {theirs} in the warehouse"
+            for what, mine, theirs in (
+                ("rows", self.rows, other.rows),
+                ("characters", self.characters, other.characters),
+                ("true values", self.true, other.true),
+                ("checksum of texts", self.texts, other.texts),
+            )
+            if mine != theirs
+        ]
+        if not math.isclose(self.numbers, other.numbers, rel_tol=0, abs_tol=max(self.size, 1.0) * _TOLERANCE):
+            found.append(f"{name} sum of numbers: {self.numbers} in MongoDB, {other.numbers} in the warehouse")
+        return found
+
+
+@dataclass
+class Tally:
+    """A tenant's day in figures."""
+
+    responses: int = 0
+    response_hash: int = 0
+    """Sum of the hashes of all responses, the lowest 64 bits, signed: the order does not matter, each document does."""
+    audit: int = 0
+    audit_hash: int = 0
+    jobs: int = 0
+    attempts: int = 0
+    vectors: int = 0
+    answers: Leaves = field(default_factory=Leaves)
+    results: Leaves = field(default_factory=Leaves)
+
+    def add_document(self, document: Document) -> None:
+        """Count the values of one response document."""
+        self.answers.add(document.get("answers"))
+        for result in (document.get("results") or {}).values():
+            if isinstance(result, dict) and isinstance(result.get("vector"), list):
+                self.vectors += 1
+                result = {name: value for name, value in result.items() if name != "vector"}
+            self.results.add(result)
+
+    def differences(self, warehouse: "Tally") -> list[str]:
+        """What differs, each in one line; empty when the two are equal."""
+        found = []
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(warehouse, item.name)
+            if isinstance(mine, Leaves):
+                found += mine.differences(theirs, item.name)
+            elif mine != theirs:
+                found.append(f"{item.name.replace('_', ' ')}: {mine} in MongoDB, {theirs} in the warehouse")
+        return found
+
+
+def add_rows(tally: Tally, table: str, rows: pa.RecordBatch) -> None:
+    """Count rows as they stand in a partition's file."""
+    if table == "fact_response":
+        tally.responses += rows.num_rows
+        tally.response_hash = signed(tally.response_hash + _wrapped(rows.column("hash")))
+    elif table == "fact_audit":
+        tally.audit += rows.num_rows
+        tally.audit_hash = signed(tally.audit_hash + _wrapped(rows.column("hash")))
+    elif table == "fact_job":
+        tally.jobs += rows.num_rows
+        tally.attempts += pc.sum(rows.column("attempts")).as_py() or 0
+    elif table == "fact_embedding":
+        tally.vectors += rows.num_rows
+    elif table == "fact_answer":
+        answers = pc.equal(rows.column("source"), "answer")
+        for mask, leaves in ((answers, tally.answers), (pc.invert(answers), tally.results)):
+            part = rows.filter(mask)
+            leaves.rows += part.num_rows
+            texts = part.column("value_text").drop_null()
+            leaves.characters += pc.sum(pc.utf8_length(texts)).as_py() or 0
+            leaves.texts += sum(map(crc32, texts.cast(pa.binary()).to_pylist()))
+            leaves.numbers += pc.sum(part.column("value_number")).as_py() or 0.0
+            leaves.true += pc.sum(part.column("value_bool")).as_py() or 0
+
+
+#: The columns that `add_rows` reads.
+COUNTED = {
+    "fact_response": ["hash"],
+    "fact_audit": ["hash"],
+    "fact_job": ["attempts"],
+    "fact_embedding": ["step"],
+    "fact_answer": ["source", "value_text", "value_number", "value_bool"],
+}
+
+
+def _wrapped(hashes: pa.Array) -> int:
+    return int(np.sum(hashes.to_numpy(zero_copy_only=False), dtype=np.int64))
+
+
+def leaves_of(document: Document) -> dict[tuple[str, str, str], Any]:
+    """Every value of a response by (source, path, item), walked in the plainest way: for the comparison field by field.
+
+    Vectors are left out: they are compared on their own.
+    """
+    found: dict[tuple[str, str, str], Any] = {}
+
+    def walk(source: str, path: str, item: str, value: Any) -> None:
+        if isinstance(value, dict):
+            scores = source == "result" and path.endswith(".scores") and path.count(".") == 1
+            for name, inner in value.items():
+                if scores and not isinstance(inner, dict | list):
+                    walk(source, path, name, inner)
+                elif not (source == "result" and name == "vector" and "." not in path and isinstance(inner, list)):
+                    walk(source, f"{path}.{name}", item, inner)
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                walk(source, path, f"{item}.{index}" if item else str(index), inner)
+        elif value is not None:
+            found[source, path, item] = value
+
+    for source, values in (("answer", document.get("answers")), ("result", document.get("results"))):
+        for name, value in (values or {}).items():
+            walk(source, name, "", value)
+    return found
+
+
+def rows_as_leaves(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Any]:
+    """The rows of `fact_answer` of one response in the same shape."""
+    return {
+        (row["source"], row["path"], row["item"]): next(
+            (row[column] for column in ("value_text", "value_number", "value_bool") if row[column] is not None),
+            None,
+        )
+        for row in rows
+    }

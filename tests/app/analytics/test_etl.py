@@ -1,0 +1,210 @@
+"""A run brings the warehouse to what MongoDB holds, and publishes nothing else."""
+
+from datetime import date
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from quern.analytics.etl import BusyError, MismatchError, Range
+from quern.analytics.manifest import Manifest, NoWarehouseError
+from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
+
+
+def test_the_first_run_brings_all_of_it(desk: Desk) -> None:
+    for day in ("2024-02-29", "2026-01-01", "2026-10-31"):
+        desk.finish(desk.submit(moment(day), {"sector": "health", "comment": "fine"}), RESULTS)
+    report = desk.run()
+    assert report.outcome == "published"
+    assert desk.holds()
+    assert sorted(str(row["day"]) for row in desk.rows("fact_response")) == ["2024-02-29", "2026-01-01", "2026-10-31"]
+
+
+def test_a_run_without_a_change_publishes_nothing_new(desk: Desk) -> None:
+    desk.submit(moment("2026-10-31"), {"sector": "health"})
+    first = desk.run()
+    paths = desk.manifest.paths
+    second = desk.run()
+    assert (second.outcome, second.generation) == ("unchanged", first.generation)
+    assert desk.manifest.paths == paths
+    assert desk.manifest.freshness is not None and first.freshness is not None
+    assert desk.manifest.freshness > first.freshness
+
+
+def test_only_the_days_that_changed_are_rewritten(desk: Desk) -> None:
+    days = [yesterday().replace(day=1), yesterday()]
+    late = desk.submit(moment("2026-01-05"), {"sector": "retail"})
+    for day in days:
+        desk.submit(moment(day), {"sector": "health"})
+    desk.run()
+    before = desk.manifest.paths
+    desk.finish(late, RESULTS)
+    report = desk.run()
+    # The day of the response, and the day of the audit entry that says that it ended.
+    assert report.days == 2
+    assert desk.holds()
+    untouched = {path for path in before if f"/{yesterday()}." in path and "audit" not in path}
+    assert untouched and untouched <= desk.manifest.paths
+
+
+def test_a_late_response_comes_into_its_old_day(desk: Desk) -> None:
+    desk.submit(moment("2026-01-05"), {"sector": "retail"})
+    desk.run()
+    desk.submit(moment("2026-01-05", 9), {"sector": "health"})
+    desk.run()
+    assert desk.holds()
+    assert len(desk.rows("fact_response")) == 2
+
+
+def test_days_of_a_closed_month_become_one_file(desk: Desk) -> None:
+    for number in range(1, 20):
+        desk.submit(moment(date(2026, 3, number)), {"sector": "health"})
+    desk.run()
+    assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
+    assert desk.holds()
+    desk.submit(moment("2026-03-07", 13), {"sector": "retail"})
+    desk.run()
+    assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
+    assert len(desk.rows("fact_response", "day = DATE '2026-03-07'")) == 2
+    assert desk.holds()
+
+
+def test_a_response_that_is_deleted_leaves_its_day(desk: Desk) -> None:
+    gone = desk.submit(moment("2026-03-07"), {"sector": "health"})
+    desk.submit(moment("2026-03-07"), {"sector": "retail"})
+    desk.run()
+    desk.db.responses.delete_one({"_id": gone})
+    desk.db.audit.delete_many({"subject": gone})
+    desk.run()
+    assert [row["response"] != gone for row in desk.rows("fact_response")] == [True]
+    assert desk.holds()
+
+
+def test_a_range_is_rewritten_on_demand(desk: Desk) -> None:
+    for day in ("2026-03-07", "2026-03-08", "2026-03-09"):
+        desk.submit(moment(day), {"sector": "health"})
+    desk.run()
+    report = desk.run(Range(date(2026, 3, 8), date(2026, 3, 9), desk.tenant))
+    assert report.days == 1
+    assert desk.holds()
+
+
+def test_the_extract_holds_the_documents_of_each_day(desk: Desk) -> None:
+    response = desk.submit(moment("2026-03-07"), {"sector": "health", "comment": "Grüße 🌾"})
+    desk.finish(response, RESULTS)
+    desk.run()
+    folder = desk.root / "extract" / desk.tenant / "2026-03-07"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "audit.jsonl.zst",
+        "audit.parquet",
+        "responses.jsonl.zst",
+        "responses.parquet",
+    ]
+    with pa.CompressedInputStream(str(folder / "responses.jsonl.zst"), "zstd") as stream:
+        (line,) = stream.read().splitlines()
+    found = orjson.loads(line)
+    assert found["id"] == response
+    assert found["answers"] == {"sector": "health", "comment": "Grüße 🌾"}
+    assert found["created"] == "2026-03-07T12:00:00Z"
+    assert found["results"] == RESULTS
+    (row,) = pq.read_table(folder / "responses.parquet").to_pylist()
+    assert (row["id"], orjson.loads(row["answers"])) == (response, found["answers"])
+    assert "audit_key" not in found
+
+
+def test_what_is_erased_is_in_no_file_any_more(desk: Desk) -> None:
+    secret = "xylophone-4711"
+    kept = desk.submit(moment("2026-03-07"), {"comment": "another"})
+    gone = desk.submit(moment("2026-03-07"), {"comment": secret, "email": "maud@example.org"})
+    fresh = desk.submit(moment(yesterday()), {"comment": secret})
+    for response in (kept, gone, fresh):
+        desk.finish(response, {**RESULTS, "gist": {"text": secret}} if response != kept else RESULTS)
+    desk.run()
+    assert _files_with(desk, secret)
+    for response in (gone, fresh):
+        desk.erase(response)
+    desk.run()
+    # Replaced files stay for those who read them, as long as the setting says.
+    import time
+
+    time.sleep(1.1)
+    desk.etl().prune()
+    assert _files_with(desk, secret) == []
+    assert _files_with(desk, "maud@example.org") == []
+    assert {row["response"]: row["status"] for row in desk.rows("fact_response")}[gone] == "erased"
+    assert desk.rows("fact_embedding", f"response = '{gone}'") == []
+    assert desk.rows("fact_answer", f"response = '{gone}'") == []
+    assert desk.holds()
+
+
+def _files_with(desk: Desk, text: str) -> list[str]:
+    """Files that hold a text, in any compression."""
+    found = []
+    for path in desk.files():
+        if path.suffix == ".parquet":
+            content = str(pq.read_table(path).to_pylist()).encode()
+        elif path.suffix == ".zst":
+            with pa.CompressedInputStream(str(path), "zstd") as stream:
+                content = stream.read()
+        else:
+            content = path.read_bytes()
+        if text.encode() in content:
+            found.append(path.name)
+    return found
+
+
+def test_two_runs_at_once_are_refused(desk: Desk) -> None:
+    etl, found = desk.etl(), []
+
+    def pause() -> None:
+        if not found:
+            found.append(1)
+            with pytest.raises(BusyError):
+                desk.run()
+
+    desk.submit(moment("2026-03-07"), {"sector": "health"})
+    desk.etl(pause=pause).run()
+    assert found and etl
+
+
+def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quern.analytics import flatten
+
+    first = desk.submit(moment("2026-03-07"), {"code": "a"})
+    desk.run()
+    second = desk.submit(moment("2026-03-07"), {"code": "lost"})
+    true_put = flatten.Flattener._put
+
+    def lossy(
+        self: flatten.Flattener, stream: object, source: str, path: str, kind: str, item: str, value: object
+    ) -> None:
+        if value != "lost":
+            true_put(self, stream, source, path, kind, item, value)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flatten.Flattener, "_put", lossy)
+    with pytest.raises(MismatchError) as caught:
+        desk.run()
+    problems = " ".join(caught.value.report.problems)
+    assert second in problems and "code" in problems
+    assert "lost" not in problems
+    assert [row["response"] for row in desk.rows("fact_response")] == [first]
+    monkeypatch.undo()
+    desk.run()
+    assert desk.holds()
+
+
+def test_a_reader_keeps_the_warehouse_that_it_opened(desk: Desk) -> None:
+    desk.submit(moment(yesterday()), {"code": "a"})
+    desk.run()
+    opened = desk.manifest
+    desk.submit(moment(yesterday()), {"code": "b"})
+    desk.run()
+    assert desk.manifest.generation == opened.generation + 1
+    (path,) = opened.files("fact_response", desk.tenant)
+    assert pq.read_table(path).num_rows == 1
+
+
+def test_there_is_no_warehouse_before_the_first_run(desk: Desk) -> None:
+    with pytest.raises(NoWarehouseError, match="quern etl run"):
+        Manifest.load(desk.root / "warehouse")
