@@ -1,0 +1,102 @@
+"""Hard limits hold in the kernel, and the API answers while the machine is driven to its limits."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.vm.client import Client
+from tests.vm.guest import Guest, wait_until
+
+LATENCY = Path(__file__).parent / "latency.py"
+#: A probe of an address: refused by the namespace, by the filter or by the profile, whichever comes first.
+_REACH = "import socket; s = socket.socket(socket.AF_INET); s.settimeout(5); s.connect(({!r}, {}))"
+
+
+def test_every_concern_has_its_limits_in_the_kernel(guest: Guest, expected: dict[str, Any]) -> None:
+    memory = int(guest.say("awk '/^MemTotal/ {print $2 * 1024}' /proc/meminfo"))
+    processors = int(guest.say("nproc"))
+    for name, limits in expected["slices"].items():
+        place = f"/sys/fs/cgroup/quern.slice/{name}.slice"
+        quota, period = map(int, guest.say(f"cat {place}/cpu.max").split())
+        assert abs(quota / period / processors - limits["cpu_percent"] / 100) < 0.01, name
+        most = int(guest.say(f"cat {place}/memory.max"))
+        assert abs(most / memory - limits["memory_percent"] / 100) < 0.01, name
+    assert guest.say("cat /sys/fs/cgroup/quern.slice/quern-ai.slice/cpu.idle") == "1"
+
+
+def test_a_process_over_its_slices_memory_is_ended_and_nobody_else(guest: Guest, services: list[str]) -> None:
+    before = _processes(guest, services)
+    ended = guest.ask(
+        "systemd-run --quiet --wait --collect --slice=quern-watch.slice -p MemorySwapMax=0 "
+        "stress-ng --vm 1 --vm-bytes 512M --vm-keep --oomable --timeout 120s"
+    )
+    killed = guest.say("awk '/^oom_kill / {print $2}' /sys/fs/cgroup/quern.slice/quern-watch.slice/memory.events")
+    assert int(killed) >= 1, ended
+    assert _processes(guest, services) == before
+
+
+def test_a_slice_gets_no_more_processor_time_than_its_share(guest: Guest) -> None:
+    stat = "awk '/^(usage_usec|nr_throttled) / {print $2}' /sys/fs/cgroup/quern.slice/quern-watch.slice/cpu.stat"
+    guest.say("systemd-run --quiet --collect --unit=vm-burn --slice=quern-watch.slice stress-ng --cpu 2 --timeout 600s")
+    try:
+        usage, throttled = map(int, guest.say(stat).split())
+        began = time.monotonic()
+        # The guest's own clock judges, for an emulated guest may be stopped for moments.
+        clock = float(guest.say("cut -d' ' -f1 /proc/uptime"))
+        wait_until(lambda: time.monotonic() - began > 20, "some seconds to pass")
+        after_usage, after_throttled = map(int, guest.say(stat).split())
+        seconds = float(guest.say("cut -d' ' -f1 /proc/uptime")) - clock
+    finally:
+        guest.say("systemctl stop vm-burn")
+    share = (after_usage - usage) / 1e6 / seconds / int(guest.say("nproc"))
+    print(f"share of the processors: {share:.3f}")
+    assert after_throttled > throttled
+    # A few slices' worth of overshoot are the kernel's own.
+    assert share < 0.08
+
+
+def test_the_ai_side_reaches_no_address(guest: Guest, expected: dict[str, Any]) -> None:
+    """Inside the running service's own namespaces, as its account, and even without its AppArmor profile."""
+    for unit in expected["isolated"]:
+        pid = guest.say(f"systemctl show -p MainPID --value {unit}")
+        account = guest.say(f"systemctl show -p User --value {unit}")
+        # Its only interface is a loopback that is down.
+        assert [line.split()[:2] for line in guest.say(f"nsenter -t {pid} -n ip -brief link").splitlines()] == [
+            ["lo", "DOWN"]
+        ]
+        for address, port in (("10.0.2.2", 22), ("10.0.2.15", 443), ("127.0.0.1", 22), ("1.1.1.1", 443)):
+            inside = f'nsenter -t {pid} -n runuser -u {account} -- python3 -c "{_REACH.format(address, port)}"'
+            said = guest.ask(inside)
+            assert said.status != 0, (unit, address)
+            assert "unreachable" in said.err, said
+        assert guest.ask('python3 -c "' + _REACH.format("10.0.2.15", 443) + '"').status == 0
+
+
+def test_the_api_answers_while_processors_and_memory_are_under_pressure(guest: Guest, client: Client) -> None:
+    form = client.form("Pressure")
+    rest = _latency(guest, client, form)
+    guest.say(
+        # Beside the appliance, not in a slice of its own: what anybody's program on the host may do.
+        "systemd-run --quiet --collect --unit=vm-pressure -p OOMScoreAdjust=1000 "
+        "stress-ng --cpu 0 --vm 1 --vm-bytes 85% --vm-keep --oomable --timeout 1800s"
+    )
+    try:
+        wait_until(lambda: float(guest.say("cut -d' ' -f1 /proc/loadavg")) >= 1.5, "the pressure to build up")
+        pressed = _latency(guest, client, form)
+    finally:
+        guest.ask("systemctl stop vm-pressure")
+    ratio = pressed["p99"] / rest["p99"]
+    print(f"at rest {rest}, under pressure {pressed}, ratio of p99 {ratio:.2f}")
+    assert pressed["failed"] == 0
+
+
+def _latency(guest: Guest, client: Client, form: str) -> dict[str, Any]:
+    asked = json.dumps({"key": client.key, "form": form, "count": 150})
+    guest.say("cat > /root/latency.py", stdin=LATENCY.read_text())
+    found: dict[str, Any] = json.loads(guest.say("python3 -I /root/latency.py", stdin=asked))
+    return found
+
+
+def _processes(guest: Guest, services: list[str]) -> dict[str, str]:
+    return {name: guest.say(f"systemctl show -p MainPID --value {name}") for name in services}
