@@ -1,0 +1,145 @@
+"""Ad-hoc SQL: each statement in a process of its own, which the kernel lets read one tenant's files and nothing else.
+
+The process lives for one statement. It is confined before it sees a letter of it (`confine`): Landlock lets it read
+exactly the files that the manifest gives that tenant, seccomp leaves no socket, no program and no other process, and
+resource limits bound memory and time. DuckDB's own settings are a second wall, not the first.
+"""
+
+import math
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from quern.analytics.duckdb_engine import DuckDbDialect
+from quern.analytics.manifest import Manifest
+from quern.analytics.schema import TABLES
+
+_MOST_ANSWER_BYTES: Final = 64 << 20
+_FILES_BESIDES: Final = 64
+_START_SECONDS: Final = 20.0
+
+
+class SqlError(Exception):
+    """The statement failed, or may not be run; the text is for whoever wrote it."""
+
+
+class SandboxError(Exception):
+    """There is no sandbox to be had on this machine; nothing was run."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one statement may use. Memory is the engine's; as much again is left for what it does not count."""
+
+    seconds: float = 30.0
+    memory_megabytes: int = 512
+    rows: int = 10_000
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a statement gave. `types` are DuckDB's names; `more`: there were more rows than the limit."""
+
+    columns: list[str]
+    types: list[str]
+    rows: list[list[Any]]
+    more: bool
+
+
+def files_of(manifest: Manifest, tenants: Sequence[str]) -> dict[str, list[Path]]:
+    """Table to the files of these tenants: all that a statement can read."""
+    return {
+        name: [file for tenant in (tenants[:1] if table.shared else tenants) for file in manifest.files(name, tenant)]
+        for name, table in TABLES.items()
+    }
+
+
+def run(sql: str, manifest: Manifest, tenants: Sequence[str], limits: Limits = Limits(), *, check: bool = True) -> Rows:
+    """Run one SELECT over the rows of some tenants: the tables of the warehouse, by their names.
+
+    Args:
+        check: False leaves DuckDB's own walls out (any statement, no locked settings), so that tests meet the kernel's.
+
+    Raises:
+        SqlError: it is no SELECT, it failed, or it took more time or memory than it may.
+        SandboxError: this machine cannot confine a process.
+    """
+    tables, dialect = files_of(manifest, tenants), DuckDbDialect()
+    views = [
+        f"CREATE VIEW {name} AS SELECT * FROM {dialect.scan(TABLES[name], files)}" for name, files in tables.items()
+    ]
+    readable = [str(file) for listed in tables.values() for file in listed]
+    order = {
+        "files": readable,
+        "views": views,
+        "memory_megabytes": limits.memory_megabytes,
+        "rows": limits.rows,
+        "cpu_seconds": math.ceil(limits.seconds) + 1,
+        "open_files": len(readable) + _FILES_BESIDES,
+        "check": check,
+    }
+    answer = _converse(orjson.dumps(order) + b"\n" + sql.encode(), limits.seconds)
+    try:
+        outcome: dict[str, Any] = orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        memory = limits.memory_megabytes
+        raise SqlError(f"the statement's process ended early: it may use {memory} MB of memory") from None
+    if not outcome["ok"]:
+        raise (SandboxError if outcome["kind"] == "confinement" else SqlError)(outcome["text"])
+    return Rows(outcome["columns"], outcome["types"], outcome["rows"], outcome["more"])
+
+
+def _converse(request: bytes, seconds: float) -> bytes:
+    """Start a process, give it `request`, return what it wrote; kill it when it takes too long or writes too much."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-m", "quern.analytics.sandbox_child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=Path("/"),
+        # Every thread's own arena would take 64 MB of the address space.
+        env={"LC_ALL": "C.UTF-8", "TZ": "UTC", "MALLOC_ARENA_MAX": "2"},
+        start_new_session=True,
+    )
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    # Starting up is not the statement's time; the processor's time that it may use is bounded by the kernel besides.
+    timer = threading.Timer(seconds + _START_SECONDS, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        if process.stdin is None or process.stdout is None:
+            raise SandboxError("the process has no pipes")
+        try:
+            process.stdin.write(request)
+            process.stdin.close()
+        except BrokenPipeError:
+            # It ended already; what it said about that is read below.
+            pass
+        answer = process.stdout.read(_MOST_ANSWER_BYTES + 1)
+        if len(answer) <= _MOST_ANSWER_BYTES:
+            # Its end is near: how it ends says whether the kernel took its time away.
+            process.wait(_START_SECONDS)
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+    if len(answer) > _MOST_ANSWER_BYTES:
+        raise SqlError(f"expected an answer of at most {_MOST_ANSWER_BYTES >> 20} MB, found more; ask for fewer rows")
+    if late.is_set() or process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise SqlError(f"expected an answer within {seconds:g} s, found none")
+    return answer

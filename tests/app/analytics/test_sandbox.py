@@ -1,0 +1,258 @@
+"""Ad-hoc SQL reads its tenant's rows, and nothing else on the machine; it writes nowhere."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quern.analytics import sandbox
+from quern.analytics.manifest import Manifest
+from quern.analytics.sandbox import Limits, SqlError
+from tests.app.analytics.world import TENANTS, World, publish, world
+
+MINE, OTHERS = TENANTS
+
+
+@pytest.fixture(scope="module")
+def house() -> World:
+    return world(1)
+
+
+@pytest.fixture(scope="module")
+def warehouse(house: World, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return publish(house, tmp_path_factory.mktemp("warehouse"))
+
+
+@pytest.fixture
+def untouched(warehouse: Manifest, tmp_path: Path) -> Iterator[Path]:
+    """A folder that stays empty, and a warehouse that stays as it is."""
+
+    def prints() -> dict[str, str]:
+        return {
+            str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(warehouse.root.rglob("*"))
+            if path.is_file()
+        }
+
+    before = prints()
+    yield tmp_path
+    assert list(tmp_path.iterdir()) == []
+    assert prints() == before
+
+
+def test_a_statement_sees_every_row_of_its_tenant_and_none_of_another(house: World, warehouse: Manifest) -> None:
+    found = sandbox.run("SELECT tenant, count(*) AS n FROM fact_response GROUP BY 1", warehouse, [MINE])
+    assert found.rows == [[MINE, sum(item["tenant"] == MINE for item in house.responses)]]
+
+
+def test_the_operator_sees_all_tenants(house: World, warehouse: Manifest) -> None:
+    found = sandbox.run("SELECT count(*) FROM fact_response", warehouse, TENANTS)
+    assert found.rows == [[len(house.responses)]]
+
+
+def test_values_that_json_lacks_come_as_text(warehouse: Manifest) -> None:
+    found = sandbox.run(
+        "SELECT DATE '2024-02-29' AS day, 1.50::DECIMAL(4, 2) AS part, [1, 2] AS list, 'x' AS text, 1.0::DOUBLE AS one, "
+        "170141183460469231731687303715884105727::HUGEINT AS huge",
+        warehouse,
+        [MINE],
+    )
+    assert found.columns == ["day", "part", "list", "text", "one", "huge"]
+    assert found.rows == [["2024-02-29", "1.50", "[1, 2]", "x", 1.0, "170141183460469231731687303715884105727"]]
+
+
+def test_rows_beyond_the_limit_are_left_out_and_that_is_said(warehouse: Manifest) -> None:
+    found = sandbox.run("SELECT * FROM range(100)", warehouse, [MINE], Limits(rows=7))
+    assert (len(found.rows), found.more) == (7, True)
+
+
+WRITES = [
+    "COPY (SELECT 1) TO '{empty}/out.csv'",
+    "COPY fact_response TO '{empty}/out.parquet' (FORMAT parquet)",
+    "COPY (SELECT 1 AS x) TO '{own}' (FORMAT parquet)",
+    "EXPORT DATABASE '{empty}/all'",
+    "ATTACH '{empty}/new.db'",
+    "ATTACH '{other}' AS loot",
+    "INSTALL httpfs",
+    "LOAD '{empty}/evil.duckdb_extension'",
+    "CREATE TABLE t AS SELECT * FROM read_parquet('{other}')",
+    "CREATE PERSISTENT SECRET s (TYPE s3, KEY_ID 'a', SECRET 'b')",
+]
+READS = [
+    "SELECT * FROM read_parquet('{other}')",
+    "SELECT * FROM read_parquet(['{own}', '{other}'])",
+    "SELECT * FROM '{other}'",
+    "SELECT * FROM parquet_metadata('{other}')",
+    "SELECT * FROM read_text('/etc/passwd')",
+    "SELECT * FROM read_blob('/proc/self/environ')",
+    "SELECT * FROM read_csv('/etc/passwd', columns = {{'line': 'VARCHAR'}}, delim = '|')",
+    "SELECT * FROM read_json('{root}/manifest.json')",
+    "SELECT * FROM sniff_csv('/etc/passwd')",
+    "SELECT * FROM read_csv('http://127.0.0.1:1/x.csv')",
+    "SELECT * FROM query('SELECT * FROM read_text(''/etc/passwd'')')",
+    "SELECT content FROM read_text((SELECT '{root}/manifest.json'))",
+]
+
+
+def filled(statement: str, warehouse: Manifest, empty: Path) -> str:
+    """The statement with this machine's paths."""
+    own, other = (warehouse.files("fact_response", tenant)[0] for tenant in (MINE, OTHERS))
+    return statement.format(empty=empty, root=warehouse.root, own=own, other=other)
+
+
+@pytest.mark.parametrize("statement", READS)
+def test_no_statement_reads_another_file(warehouse: Manifest, untouched: Path, statement: str) -> None:
+    with pytest.raises(SqlError):
+        sandbox.run(filled(statement, warehouse, untouched), warehouse, [MINE])
+
+
+@pytest.mark.parametrize("statement", [*WRITES, *READS])
+def test_the_kernel_alone_holds_every_statement(warehouse: Manifest, untouched: Path, statement: str) -> None:
+    # DuckDB's own walls are left out: any statement may run, and no setting forbids it a file.
+    with pytest.raises(SqlError):
+        sandbox.run(filled(statement, warehouse, untouched), warehouse, [MINE], check=False)
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["as it runs", "without DuckDB's walls"])
+def test_no_folder_can_be_listed(warehouse: Manifest, check: bool) -> None:
+    try:
+        found = sandbox.run(
+            filled("SELECT * FROM glob('{root}/**')", warehouse, Path("/")), warehouse, [MINE], check=check
+        ).rows
+    except SqlError:
+        found = []
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET enable_external_access = true",
+        "SET lock_configuration = false",
+        "COPY (SELECT 1) TO '/tmp/out.csv'",
+        "SELECT 1; SET memory_limit = '100GB'",
+    ],
+)
+def test_nothing_can_be_set_or_changed(warehouse: Manifest, statement: str) -> None:
+    with pytest.raises(SqlError):
+        sandbox.run(statement, warehouse, [MINE])
+
+
+def test_settings_stay_locked_even_when_a_statement_gets_to_them(warehouse: Manifest) -> None:
+    found = sandbox.run(
+        "SELECT name, value FROM duckdb_settings() WHERE name IN ('enable_external_access', 'lock_configuration')",
+        warehouse,
+        [MINE],
+    )
+    assert sorted(found.rows) == [["enable_external_access", "false"], ["lock_configuration", "true"]]
+
+
+def test_a_statement_that_takes_too_much_memory_ends(warehouse: Manifest) -> None:
+    with pytest.raises(SqlError, match="emory"):
+        sandbox.run("SELECT list(i) FROM range(500000000) t(i)", warehouse, [MINE], Limits(memory_megabytes=100))
+
+
+def test_a_statement_that_takes_too_long_ends(warehouse: Manifest) -> None:
+    endless = "SELECT count(*) FROM range(1000000000000000) t(i) WHERE i % 7 = 3"
+    with pytest.raises(SqlError, match="within 1 s"):
+        sandbox.run(endless, warehouse, [MINE], Limits(seconds=1))
+
+
+_ATTEMPTS = """
+import ctypes, json, os, signal, socket, sys, threading
+from pathlib import Path
+from quern.analytics.confine import confine
+
+own, other, empty, parent = sys.argv[1:5]
+confine([Path(own)], memory_bytes=100 << 20, cpu_seconds=20)
+libc = ctypes.CDLL(None, use_errno=True)
+
+def native(number, *arguments):
+    if libc.syscall(number, *arguments) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+attempts = {
+    "read another file": lambda: open(other).read(1),
+    "read /etc/passwd": lambda: open("/etc/passwd"),
+    "read its own memory": lambda: open("/proc/self/mem", "rb"),
+    "list a folder": lambda: os.listdir("/"),
+    "write its file": lambda: open(own, "r+b"),
+    "truncate its file": lambda: os.truncate(own, 0),
+    "create a file": lambda: open(f"{empty}/new", "w"),
+    "create a folder": lambda: os.mkdir(f"{empty}/new"),
+    "link": lambda: os.link(own, f"{empty}/new"),
+    "link by name": lambda: os.symlink(own, f"{empty}/new"),
+    "rename": lambda: os.rename(own, f"{empty}/new"),
+    "remove": lambda: os.unlink(own),
+    "change rights": lambda: os.chmod(own, 0o777),
+    "change times": lambda: os.utime(own),
+    "a socket": lambda: socket.socket(),
+    "a UNIX socket": lambda: socket.socket(socket.AF_UNIX),
+    "a pair of sockets": lambda: socket.socketpair(),
+    "fork": lambda: os.fork(),
+    "another program": lambda: os.execv("/bin/true", ["true"]),
+    "a thread": lambda: threading.Thread(target=print).start(),
+    "a signal": lambda: os.kill(int(parent), 0),
+    "trace": lambda: native(101, 16, int(parent), 0, 0),
+    "read another's memory": lambda: native(310, int(parent), 0, 0, 0, 0, 0),
+    "io_uring": lambda: native(425, 1, 0),
+    "a namespace": lambda: native(272, 0x10000000),
+    "mount": lambda: native(165, 0, b"/tmp", b"tmpfs", 0, 0),
+    "a file in memory": lambda: os.memfd_create("x"),
+    "bpf": lambda: native(321, 0, 0, 0),
+    "a key ring": lambda: native(250, 0, -3, 1),
+    "a handle": lambda: native(304, -100, 0, 0),
+    "much memory": lambda: bytearray(1 << 30),
+    "more descriptors": lambda: __import__("resource").setrlimit(7, (1 << 20, 1 << 20)),
+    "the user": lambda: os.setuid(65534),
+}
+came_through = []
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        came_through.append(name)
+    except (OSError, MemoryError, RuntimeError, ImportError, ValueError):
+        pass
+os.write(1, json.dumps({"came_through": came_through, "own": len(open(own, "rb").read())}).encode())
+os._exit(0)
+"""
+
+
+def test_the_kernel_refuses_all_but_reading_ones_own_file(warehouse: Manifest, untouched: Path) -> None:
+    own, other = (warehouse.files("fact_response", tenant)[0] for tenant in (MINE, OTHERS))
+    arguments = [str(own), str(other), str(untouched), str(os.getpid())]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _ATTEMPTS, *arguments], capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    said = json.loads(done.stdout)
+    assert said == {"came_through": [], "own": own.stat().st_size}
+
+
+def test_the_same_attempts_succeed_without_confinement(warehouse: Manifest, tmp_path: Path) -> None:
+    # Else the test above would hold on a machine on which nothing works.
+    with socket.socket(socket.AF_UNIX):
+        assert warehouse.files("fact_response", OTHERS)[0].read_bytes()
+        (tmp_path / "new").write_text("x")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_process_of_several_threads_is_not_confined_and_says_so() -> None:
+    script = (
+        "import threading, time\n"
+        "from quern.analytics.confine import CannotConfineError, confine\n"
+        "threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
+        "try:\n    confine([], memory_bytes=1 << 30, cpu_seconds=9)\n"
+        "except CannotConfineError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "expected a process of one thread, found 2"
