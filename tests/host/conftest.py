@@ -24,6 +24,11 @@ RECEIVER_PORT = 8443
 MAIL_PORT = 2525
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the set of tests that only `make test-host-full` runs."""
+    config.addinivalue_line("markers", "full: takes minutes; run by `make test-host-full` only")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the host is, and how it is reached."""

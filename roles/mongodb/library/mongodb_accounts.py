@@ -43,10 +43,16 @@ options:
     elements: dict
     default: []
   accounts:
-    description: dicts of C(name) and C(roles)
+    description: >-
+      dicts of C(name) and C(roles). The account itself is called as its credential says, C(NAME) or at every other
+      rotation C(NAME-b)
     type: list
     elements: dict
     required: true
+  drop_former:
+    description: drop the account that the last rotation replaced
+    type: bool
+    default: false
 author: Quern
 """
 
@@ -62,9 +68,10 @@ def credential(folder: str, file: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def password_of(folder: str, account: str) -> str:
-    """The password inside an account's connection string."""
-    return urlsplit(credential(folder, f"{account}.quern_mongodb_uri")).password or ""
+def name_and_password(folder: str, account: str) -> tuple[str, str]:
+    """What an account's connection string says."""
+    parts = urlsplit(credential(folder, f"{account}.quern_mongodb_uri"))
+    return parts.username or account, parts.password or ""
 
 
 class Node:
@@ -135,26 +142,34 @@ def ensure_role(admin: Any, wanted: dict[str, Any], check: bool) -> bool:
     return True
 
 
-def ensure_account(node: Node, admin: Any, wanted: dict[str, Any], password: str, check: bool) -> bool:
+def ensure_account(node: Node, admin: Any, name: str, wanted: dict[str, Any], password: str, check: bool) -> bool:
     """Create or change an account; whether it had to."""
-    found = admin.command("usersInfo", wanted["name"])["users"]
+    found = admin.command("usersInfo", name)["users"]
     if not found:
         if not check:
-            admin.command(
-                "createUser", wanted["name"], pwd=password, roles=wanted["roles"], mechanisms=["SCRAM-SHA-256"]
-            )
+            admin.command("createUser", name, pwd=password, roles=wanted["roles"], mechanisms=["SCRAM-SHA-256"])
         return True
     change: dict[str, Any] = {}
     if plain_roles(found[0]["roles"]) != plain_roles(wanted["roles"]):
         change["roles"] = wanted["roles"]
-    if not node.accepts(wanted["name"], password):
+    if not node.accepts(name, password):
         change["pwd"] = password
     if change and not check:
-        admin.command("updateUser", wanted["name"], **change)
+        admin.command("updateUser", name, **change)
     return bool(change)
 
 
-def found_set(node: Node, params: dict[str, Any], password: str, check: bool) -> bool:
+def drop_former(admin: Any, account: str, name: str, check: bool) -> bool:
+    """Drop an account under its other name; whether it was there."""
+    former = account if name != account else f"{account}-b"
+    if not admin.command("usersInfo", former)["users"]:
+        return False
+    if not check:
+        admin.command("dropUser", former)
+    return True
+
+
+def found_set(node: Node, params: dict[str, Any], passwords: list[str], check: bool) -> bool:
     """Initiate the set and make the administrator, where that is still to do (by the localhost exception)."""
     changed = False
     if "setName" not in node.hello():
@@ -165,11 +180,20 @@ def found_set(node: Node, params: dict[str, Any], password: str, check: bool) ->
         with node.client() as client:
             client.admin.command("replSetInitiate", {"_id": params["replica_set"], "members": members})
     node.wait_primary()
-    if not node.accepts("admin", password):
+    # During its rotation the credential holds the new password, and the former one after it.
+    known = [one for one in passwords if node.accepts("admin", one)]
+    if not known:
         changed = True
         if not check:
             with node.client() as client:
-                client.admin.command("createUser", "admin", pwd=password, roles=["root"], mechanisms=["SCRAM-SHA-256"])
+                client.admin.command(
+                    "createUser", "admin", pwd=passwords[0], roles=["root"], mechanisms=["SCRAM-SHA-256"]
+                )
+    elif known[0] != passwords[0]:
+        changed = True
+        if not check:
+            with node.client("admin", known[0]) as client:
+                client.admin.command("updateUser", "admin", pwd=passwords[0])
     return changed
 
 
@@ -181,6 +205,7 @@ def main() -> None:
             "credentials": {"type": "path", "required": True, "no_log": False},
             "roles_defined": {"type": "list", "elements": "dict", "default": []},
             "accounts": {"type": "list", "elements": "dict", "required": True},
+            "drop_former": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -191,17 +216,19 @@ def main() -> None:
         module.fail_json(msg="expected PyMongo, found none; run: apt-get install python3-pymongo")
     node = Node(params["socket"])
     try:
-        password = credential(params["credentials"], "mongodb.admin")
-        changed = found_set(node, params, password, check)
+        passwords = credential(params["credentials"], "mongodb.admin").split(",")
+        changed = found_set(node, params, passwords, check)
         touched = []
         if not (check and changed):
-            with node.client("admin", password) as client:
+            with node.client("admin", passwords[0]) as client:
                 for wanted in params["roles_defined"]:
                     if ensure_role(client.admin, wanted, check):
                         touched.append(wanted["name"])
                 for wanted in params["accounts"]:
-                    own = password_of(params["credentials"], wanted["name"])
-                    if ensure_account(node, client.admin, wanted, own, check):
+                    name, own = name_and_password(params["credentials"], wanted["name"])
+                    if ensure_account(node, client.admin, name, wanted, own, check):
+                        touched.append(name)
+                    if params["drop_former"] and drop_former(client.admin, wanted["name"], name, check):
                         touched.append(wanted["name"])
     except (PyMongoError, TimeoutError) as error:
         # PyMongo's texts name hosts and codes; a connection string in one would carry a password.

@@ -6,8 +6,11 @@ from __future__ import annotations
 import grp
 import hashlib
 import os
+import re
+import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ansible.module_utils.basic import AnsibleModule
@@ -36,16 +39,97 @@ options:
     type: list
     elements: dict
     required: true
+  socket:
+    description: >-
+      the instance's UNIX socket; where it answers, changed accounts are set there too, by the account C(quern-admin),
+      so that nothing is to be restarted and nobody is disconnected
+    type: path
+    required: true
+  keep_previous:
+    description: let the passwords that the file knows hold beside the new ones (the first half of a rotation)
+    type: bool
+    default: false
 author: Quern
 """
 
+RETURN = r"""
+live:
+  description: whether the running instance knows the accounts as they are in the file now
+  returned: always
+  type: bool
+"""
 
-def digest_of(folder: str, account: str) -> str:
-    """SHA-256 of the password inside an account's URL."""
+ADMIN = "quern-admin"
+
+
+class Refused(Exception):
+    """The instance refused a command."""
+
+
+def password_of(folder: str, account: str) -> str:
+    """The password inside an account's URL."""
     path = Path(folder) / f"{account}.quern_redis_queue_url"
     command = ["systemd-creds", "decrypt", "--name=quern_redis_queue_url", str(path), "-"]
     url = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return hashlib.sha256((urlsplit(url).password or "").encode()).hexdigest()
+    return urlsplit(url).password or ""
+
+
+def previous_digests(lines: list[str], account: str) -> list[str]:
+    """The password digests that the file knows for an account."""
+    line = next((line for line in lines if line.startswith(f"user {account} ")), "")
+    return re.findall(r"#([0-9a-f]{64})", line)
+
+
+def lines_wanted(params: dict[str, Any], found: list[str]) -> list[str]:
+    """The lines of the file."""
+    lines = ["user default off resetpass resetkeys resetchannels -@all"]
+    for account in params["accounts"]:
+        secret = password_of(params["credentials"], account["name"])
+        digests = [hashlib.sha256(secret.encode()).hexdigest()]
+        if params["keep_previous"]:
+            digests += [digest for digest in previous_digests(found, account["name"]) if digest not in digests]
+        marks = " ".join(f"#{digest}" for digest in digests)
+        lines.append(f"user {account['name']} on resetchannels -@all {account['rules']} {marks}")
+    return lines
+
+
+class Instance:
+    """A running instance, spoken to in its own protocol (RESP 2, https://redis.io/docs/latest/develop/reference/protocol-spec/)."""
+
+    def __init__(self, path: str) -> None:
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.settimeout(10)
+        self._connection.connect(path)
+        self._stream = self._connection.makefile("rb")
+
+    def call(self, *words: str) -> None:
+        """One command whose answer is one line. Raises Refused."""
+        parts = [word.encode() for word in words]
+        packed = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+        self._connection.sendall(b"*%d\r\n%s" % (len(parts), packed))
+        answer = self._stream.readline().decode().strip()
+        if answer.startswith("-"):
+            raise Refused(answer)
+
+
+def set_live(path: str, password: str, found: list[str], wanted: list[str]) -> bool:
+    """Set what differs in the running instance; whether that was possible. One that does not run reads the file."""
+    if not Path(path).exists():
+        return True
+    try:
+        instance = Instance(path)
+        instance.call("AUTH", ADMIN, password)
+        for line in wanted:
+            if line not in found:
+                _, name, *rules = line.split()
+                instance.call("ACL", "SETUSER", name, "reset", *rules)
+        names = {line.split()[1] for line in wanted}
+        for line in found:
+            if line.split()[1] not in names:
+                instance.call("ACL", "DELUSER", line.split()[1])
+    except (OSError, Refused):
+        return False
+    return True
 
 
 def main() -> None:
@@ -55,31 +139,33 @@ def main() -> None:
             "group": {"type": "str", "required": True},
             "credentials": {"type": "path", "required": True, "no_log": False},
             "accounts": {"type": "list", "elements": "dict", "required": True},
+            "socket": {"type": "path", "required": True},
+            "keep_previous": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     params, path = module.params, Path(module.params["path"])
-    lines = ["user default off resetpass resetkeys resetchannels -@all"]
+    found = path.read_text().splitlines() if path.exists() else []
     try:
-        for account in params["accounts"]:
-            digest = digest_of(params["credentials"], account["name"])
-            lines.append(f"user {account['name']} on resetchannels -@all {account['rules']} #{digest}")
+        wanted = lines_wanted(params, found)
+        administrator = password_of(params["credentials"], ADMIN)
     except subprocess.CalledProcessError as error:
         if module.check_mode:
-            module.exit_json(changed=True)
+            module.exit_json(changed=True, live=True)
         module.fail_json(msg=f"{params['credentials']}: systemd-creds: {error.stderr.strip()}; run the secrets role")
-    wanted = "\n".join(lines) + "\n"
-    if path.exists() and path.read_text() == wanted:
+    if found == wanted:
         same = (path.stat().st_mode & 0o777, path.owner(), path.group()) == (0o640, "root", params["group"])
         if same:
-            module.exit_json(changed=False)
+            module.exit_json(changed=False, live=True)
+    live = True
     if not module.check_mode:
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(wanted)
+        partial.write_text("\n".join(wanted) + "\n")
         partial.chmod(0o640)
         os.chown(partial, 0, grp.getgrnam(params["group"]).gr_gid)
         partial.replace(path)
-    module.exit_json(changed=True)
+        live = set_live(params["socket"], administrator, found, wanted)
+    module.exit_json(changed=True, live=live)
 
 
 if __name__ == "__main__":

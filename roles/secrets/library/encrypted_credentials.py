@@ -25,7 +25,9 @@ options:
     required: true
   credentials:
     description: >-
-      dicts of C(file), C(kind) (C(password), C(fernet), C(keyfile), C(given)) and C(template), a text with {secret}
+      dicts of C(file), C(kind) (C(password), C(keyfile), C(given), C(ring), C(handover)) and C(template), a text with
+      {secret}, and with {turn} where an account changes its name with its password. A ring is a list of keys, of which
+      the first seals and all open; a handover is the password, and during a rotation the former one after it.
     type: list
     elements: dict
     required: true
@@ -38,6 +40,13 @@ options:
     type: list
     elements: str
     default: []
+  phase:
+    description: >-
+      C(introduce) makes the new secrets, while the former ones still hold; C(promote) lets the newest key of a ring
+      seal; C(retire) forgets the former password of a handover
+    type: str
+    choices: [introduce, promote, retire]
+    default: introduce
 author: Quern
 """
 
@@ -49,7 +58,14 @@ made:
 """
 
 #: What each kind looks like, for finding the secret inside a rendered template.
-SHAPES = {"password": r"[A-Za-z0-9_-]{43}", "fernet": r"[A-Za-z0-9_=-]{44}", "keyfile": r"[A-Za-z0-9+/=]{64,}"}
+SHAPES = {
+    "password": r"[A-Za-z0-9_-]{43}",
+    "keyfile": r"[A-Za-z0-9+/=]{64,}",
+    "ring": r"[A-Za-z0-9_-]{43}=(?:,[A-Za-z0-9_-]{43}=)*",
+    "handover": r"[A-Za-z0-9_-]{43}(?:,[A-Za-z0-9_-]{43})*",
+}
+#: How an account is called at every other rotation, so that the former one holds until nobody uses it.
+TURN = "-b"
 
 
 def fresh(kind: str) -> str:
@@ -57,7 +73,7 @@ def fresh(kind: str) -> str:
     if kind == "keyfile":
         return base64.b64encode(secrets.token_bytes(66)).decode()
     token = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
-    return token if kind == "fernet" else token.rstrip("=")
+    return token if kind == "ring" else token.rstrip("=")
 
 
 class Unreadable(Exception):
@@ -94,17 +110,43 @@ def encrypt(path: Path, content: str) -> None:
     partial.replace(path)
 
 
-def wanted_content(item: dict[str, Any], found: str | None, given: dict[str, str], rotate: bool) -> str:
+def turned(kind: str, secret: str, phase: str) -> str:
+    """The secret after a phase of its rotation."""
+    known = secret.split(",")
+    match kind, phase:
+        case "ring", "introduce":
+            # At the end: until every process can open what it seals, it seals nothing.
+            return ",".join([*known, fresh(kind)])
+        case "ring", "promote":
+            return ",".join([known[-1], *known[:-1]])
+        case "handover", "introduce":
+            return ",".join([fresh(kind), known[0]])
+        case "handover", "retire":
+            return known[0]
+        case (("password" | "keyfile"), "introduce"):
+            return fresh(kind)
+    return secret
+
+
+def wanted_content(item: dict[str, Any], found: str | None, given: dict[str, str], phase: str | None) -> str:
     """What the file shall hold: the secret it has already, or a fresh one, in the shape of its template."""
-    if item["kind"] == "given":
+    kind, template = item["kind"], item.get("template", "{secret}")
+    if kind == "given":
         return str(given[item["file"]])
-    template = item.get("template", "{secret}")
-    if found is not None and not rotate:
-        # The template may have changed around the secret: the secret is what looks like one.
-        secret = re.search(rf"(?<![A-Za-z0-9_+/=-])({SHAPES[item['kind']]})(?![A-Za-z0-9_+/=-])", found)
-        if secret is not None:
-            return template.replace("{secret}", secret[1])
-    return template.replace("{secret}", fresh(item["kind"]))
+    if found is None:
+        return template.replace("{secret}", given.get(item["file"]) or fresh(kind)).replace("{turn}", "")
+    # The template may have changed around the secret: the secret is what looks like one.
+    match = re.search(rf"(?<![A-Za-z0-9_+/=-])({SHAPES[kind]})(?![A-Za-z0-9_+/=-])", found)
+    secret = match[1] if match else fresh(kind)
+    turn = ""
+    if "{turn}" in template:
+        before = re.escape(template.split("{turn}")[0])
+        turn = TURN if re.match(f"{before}{TURN}:", found) else ""
+    if phase:
+        secret = turned(kind, secret, phase)
+        if phase == "introduce":
+            turn = "" if turn else TURN
+    return template.replace("{secret}", secret).replace("{turn}", turn)
 
 
 def main() -> None:
@@ -114,16 +156,17 @@ def main() -> None:
             "credentials": {"type": "list", "elements": "dict", "required": True},
             "given": {"type": "dict", "default": {}, "no_log": True},
             "rotate": {"type": "list", "elements": "str", "default": []},
+            "phase": {"choices": ["introduce", "promote", "retire"], "default": "introduce"},
         },
         supports_check_mode=True,
     )
     directory, made = Path(module.params["directory"]), []
     for item in module.params["credentials"]:
         path = directory / item["file"]
-        rotate = item["file"] in module.params["rotate"]
+        phase = module.params["phase"] if item["file"] in module.params["rotate"] else None
         try:
             found = decrypt(path)
-            wanted = wanted_content(item, found, module.params["given"], rotate)
+            wanted = wanted_content(item, found, module.params["given"], phase)
             if found == wanted:
                 continue
             made.append(item["file"])
