@@ -36,7 +36,7 @@ class State(StrEnum):
 ENDED: Final = frozenset({State.DONE, State.DEAD, State.CANCELLED, State.SKIPPED})
 
 #: Jobs of one queue that one worker process runs at once.
-CONCURRENCY: Final = {Queue.HIGH: 4, Queue.DEFAULT: 4, Queue.WEBHOOKS: 16, Queue.LOW: 2, Queue.BATCHED: 8}
+CONCURRENCY: Final = {Queue.HIGH: 8, Queue.DEFAULT: 4, Queue.WEBHOOKS: 16, Queue.LOW: 2, Queue.BATCHED: 8}
 
 PRIORITIES: Final = {"urgent": 0, "normal": 5, "bulk": 9}
 

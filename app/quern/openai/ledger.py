@@ -205,7 +205,7 @@ def end(
     vectors: bytes | None = None,
     failure: Failure | None = None,
 ) -> Asked | None:
-    """Write how it ended. None: it is gone."""
+    """Write how it ended. None: it is gone, or is a line of a batch that has ended before (and was counted)."""
     now = clock.now()
     change: Document = {"state": state, "ended": now}
     if answer is not None:
@@ -214,8 +214,8 @@ def end(
         change["vectors"] = vectors
     if failure is not None:
         change["failure"] = failure.model_dump()
-    document = db.ai_requests.find_one({"_id": identity}, {"stored": 1, "batch": 1}, session=session)
-    if document is None:
+    document = db.ai_requests.find_one({"_id": identity}, {"stored": 1, "batch": 1, "state": 1}, session=session)
+    if document is None or (document.get("batch") and document["state"] in ENDED):
         return None
     if document.get("stored") or document.get("batch"):
         change["forget"] = now + timedelta(days=settings.keep_stored_days)
@@ -239,9 +239,8 @@ def of_batch(db: Db, batch: str) -> Any:
 
 
 def queued(db: Db, name: Queue, tenant: str | None, most: int) -> int:
-    """Jobs that wait in a queue, of a tenant or of all; counts no further than `most`."""
-    query: Document = {"queue": name.value, "state": State.QUEUED.value}
+    """Jobs that wait in a queue, of a tenant or of all, without those in bulk; counts no further than `most`."""
+    query: Document = {"queue": name.value, "state": State.QUEUED.value, "priority": PRIORITIES["normal"]}
     if tenant is not None:
         query["tenant"] = tenant
-        query["priority"] = {"$in": list(PRIORITIES.values())}
     return int(db.jobs.count_documents(query, limit=most, hint="claim"))

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 
 from pymongo.errors import PyMongoError
-from quart import Blueprint, Quart, Response, g
+from quart import Blueprint, Quart, Response, g, request
 from redis.exceptions import RedisError
 from werkzeug.exceptions import HTTPException
 
@@ -13,6 +14,7 @@ from quern.events.edge import Edge
 from quern.events.v1 import completions, files, responses
 from quern.events.v1.desk import Desk, answered
 from quern.events.v1.gate import Gate
+from quern.observe import metrics
 from quern.openai.error import ApiError
 from quern.runtime import Runtime
 from quern.store.connection import is_away
@@ -30,8 +32,15 @@ def add_v1(app: Quart, edge: Edge, runtime: Runtime) -> None:
     for resource in (completions, responses, files):
         resource.add_routes(routes, desk)
 
+    @routes.before_request
+    async def begin() -> None:
+        g.began = time.monotonic()
+
     @routes.after_request
-    async def show_limits(response: Response) -> Response:
+    async def finish(response: Response) -> Response:
+        rule = request.url_rule.rule if request.url_rule else "unmatched"
+        metrics.REQUESTS.labels(rule, request.method, response.status_code).inc()
+        metrics.REQUEST_SECONDS.labels(rule, request.method).observe(time.monotonic() - g.began)
         for name, value in getattr(g, "limits", {}).items():
             response.headers.setdefault(name, value)
         return response

@@ -1,0 +1,53 @@
+"""Webhooks of background responses and batches, as OpenAI's client unwraps them."""
+
+from typing import Any
+
+import openai
+import pytest
+
+from tests.app.api.client import until
+from tests.app.openai.conftest import CHAT, Lab
+from tests.app.openai.test_batches import chat, line, start
+
+
+def received(lab: Lab, path: str, identity: str) -> list[Any]:
+    """The deliveries to `path` that speak of `identity`."""
+    return [one for one in lab.stack.receiver.requests if one.path == path and identity.encode() in one.body]
+
+
+def test_the_end_of_a_background_response_is_told_and_signed(lab: Lab, client: openai.OpenAI) -> None:
+    path = f"/openai/{client.api_key[-8:]}"
+    plain = lab.plain(client.api_key)
+    types = ["response.completed", "response.cancelled", "response.incomplete", "batch.completed"]
+    endpoint = plain.call(
+        "POST", "/webhooks", {"url": f"{lab.stack.receiver.url}{path}", "event_types": types}, status=201
+    )
+    secret = endpoint["secret"]
+    cut = client.responses.create(model=CHAT, input="Say hi.", max_output_tokens=16, background=True)
+    long = client.responses.create(model=CHAT, input="Tell a story.", max_output_tokens=3000, background=True)
+    whole = client.responses.create(
+        model=CHAT, input="Is it day?", background=True, text=choice_of("yes", "no"), max_output_tokens=40
+    )
+    client.responses.cancel(long.id)
+    batch = start(client, [line("a", chat("x"))])
+    for identity, kind in [
+        (cut.id, "response.incomplete"),
+        (long.id, "response.cancelled"),
+        (whole.id, "response.completed"),
+        (batch, "batch.completed"),
+    ]:
+        [delivery] = until(lambda identity=identity: received(lab, path, identity))  # type: ignore[misc]
+        event: Any = client.webhooks.unwrap(delivery.body, dict(delivery.headers.items()), secret=secret)
+        assert (event.type, event.data.id) == (kind, identity)
+        with pytest.raises(openai.InvalidWebhookSignatureError):
+            client.webhooks.unwrap(delivery.body + b" ", dict(delivery.headers.items()), secret=secret)
+
+
+def choice_of(*words: str) -> Any:
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"enum": list(words)}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    return {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
