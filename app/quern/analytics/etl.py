@@ -225,7 +225,7 @@ class Etl:
         days = follow.since_then(self._db, tenants, seen, self._settings.fallback_days)
         first = seen.date() - timedelta(days=self._settings.fallback_days)
         days |= {item for item in self._days_in(manifest) if item[1] >= first}
-        said = f"{why}: {len(days)} days since {first} are rewritten instead"
+        said = f"{why}: {len(days)} days since {first} are rewritten instead; compare all with `quern etl verify`"
         _log.warning("the change stream was lost", extra={"days": len(days), "since": first.isoformat()})
         work.said.append(said)
         work.source = Source(token, begun)

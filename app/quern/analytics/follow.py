@@ -97,10 +97,13 @@ def _committed(db: Db) -> Timestamp:
 
 
 def _at(db: Db, moment: Timestamp) -> Token:
+    """Where the stream stands after all changes of a moment that a majority has; or a little later, which does no harm:
+    what the stream shows is in every later snapshot."""
     with _watch(db, start_at_operation_time=moment) as stream:
-        # The change at that very moment, or nothing: only then does the stream say where it stands.
-        stream.try_next()
-        return _token(stream)
+        while True:
+            event = stream.try_next()
+            if event is None or event["clusterTime"] > moment:
+                return _token(stream)
 
 
 def drain(db: Db, token: Token, pause: Callable[[], None] = lambda: None) -> Changes:

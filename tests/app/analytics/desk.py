@@ -1,6 +1,5 @@
 """A desk with forms and responses in MongoDB, and the warehouse beside it."""
 
-from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from quern.analytics.settings import AnalyticsSettings
 from quern.audit.entry import content_key, entry
 from quern.forms import form as forms
 from quern.forms.fields import check_answers, compiled
-from quern.jobs import queue
-from quern.jobs.model import NewJob, State
+from quern.jobs.model import NewJob, Queue, State
 from quern.responses import response as responses
 from quern.store import clock, identifier
 from quern.store.connection import Db, Document
@@ -107,7 +105,7 @@ class Desk:
             NewJob(
                 NewJob.derived_id(self.tenant, identity, step),
                 self.tenant,
-                queue.Queue.LOW,
+                Queue.LOW,
                 "classify",
                 {"step": step},
                 identity,
@@ -156,7 +154,7 @@ class Desk:
         if not files:
             return []
         with duckdb.connect() as connection:
-            found = connection.sql(f"SELECT * FROM read_parquet($files) WHERE {where}", params={"files": files})
+            found = connection.sql(f"FROM read_parquet($files) WHERE {where}", params={"files": files})
             return list(found.to_arrow_table().to_pylist())
 
     def holds(self) -> bool:
@@ -185,4 +183,3 @@ RESULTS: dict[str, Any] = {
     "gist": {"text": "All was well."},
     "meaning": {"vector": [0.6, 0.8]},
 }
-Made = Callable[[], Desk]

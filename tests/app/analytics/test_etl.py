@@ -1,5 +1,6 @@
 """A run brings the warehouse to what MongoDB holds, and publishes nothing else."""
 
+import time
 from datetime import date
 
 import orjson
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from quern.analytics import flatten
 from quern.analytics.etl import BusyError, MismatchError, Range
 from quern.analytics.manifest import Manifest, NoWarehouseError
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
@@ -126,8 +128,6 @@ def test_what_is_erased_is_in_no_file_any_more(desk: Desk) -> None:
         desk.erase(response)
     desk.run()
     # Replaced files stay for those who read them, as long as the setting says.
-    import time
-
     time.sleep(1.1)
     desk.etl().prune()
     assert _files_with(desk, secret) == []
@@ -155,7 +155,7 @@ def _files_with(desk: Desk, text: str) -> list[str]:
 
 
 def test_two_runs_at_once_are_refused(desk: Desk) -> None:
-    etl, found = desk.etl(), []
+    found: list[int] = []
 
     def pause() -> None:
         if not found:
@@ -165,12 +165,10 @@ def test_two_runs_at_once_are_refused(desk: Desk) -> None:
 
     desk.submit(moment("2026-03-07"), {"sector": "health"})
     desk.etl(pause=pause).run()
-    assert found and etl
+    assert found
 
 
 def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quern.analytics import flatten
-
     first = desk.submit(moment("2026-03-07"), {"code": "a"})
     desk.run()
     second = desk.submit(moment("2026-03-07"), {"code": "lost"})

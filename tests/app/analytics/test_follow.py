@@ -1,0 +1,145 @@
+"""The change stream brings every change once, whatever happens to the stream or the server."""
+
+import threading
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+from pymongo.read_concern import ReadConcern
+
+from quern.analytics.manifest import NAME
+from quern.embedded.mongod import Mongod
+from quern.migrations import migrate
+from quern.store import clock
+from quern.store.connection import Document
+from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
+
+
+def _with_token(desk: Desk, token: dict[str, Any]) -> None:
+    """Set the stored token back, as a crash between two writes would."""
+    path = desk.root / "warehouse" / NAME
+    raw = orjson.loads(path.read_bytes())
+    raw["source"]["token"] = token
+    path.write_bytes(orjson.dumps(raw))
+
+
+def _token(desk: Desk) -> dict[str, Any]:
+    token = desk.manifest.source.token
+    assert token is not None
+    return token
+
+
+def test_events_that_come_twice_change_nothing(desk: Desk) -> None:
+    desk.submit(moment("2026-03-07"), {"code": "a"})
+    desk.run()
+    before = _token(desk)
+    response = desk.submit(moment(yesterday()), {"code": "b"})
+    desk.finish(response, RESULTS)
+    assert desk.run().events >= 4
+    rows = desk.rows("fact_response")
+    _with_token(desk, before)
+    again = desk.run()
+    assert again.events >= 4
+    assert desk.rows("fact_response") == rows
+    assert desk.holds()
+
+
+def test_a_token_that_is_too_old_falls_back_to_a_range_and_says_so(desk: Desk) -> None:
+    old = desk.submit(moment("2026-03-07"), {"code": "a"})
+    erased = desk.submit(moment("2026-03-08"), {"code": "b"})
+    desk.run()
+    desk.submit(clock.now(), {"code": "c"})
+    desk.finish(old, RESULTS)
+    desk.erase(erased)
+    with desk.db.with_options(read_concern=ReadConcern("majority")).watch() as stream:
+        desk.submit(clock.now(), {"code": "d"})
+        data = stream.next()["_id"]["_data"]
+    # The moment in the event's token becomes 1970: the oplog has no such event (any more).
+    _with_token(desk, {"_data": f"{data[:2]}0000000100000001{data[18:]}"})
+    report = desk.run()
+    assert any("rewritten instead" in line for line in report.said)
+    assert desk.holds()
+    assert len(desk.rows("fact_response")) == 4
+    assert desk.run().said == []
+
+
+def test_a_form_that_changes_changes_its_dimension(desk: Desk) -> None:
+    desk.submit(moment("2026-03-07"), {"code": "a"})
+    desk.run()
+    desk.publish([{"name": "code", "type": "number"}])
+    desk.run()
+    versions = {row["version"]: row for row in desk.rows("dim_form")}
+    assert [versions[1]["current"], versions[2]["current"]] == [False, True]
+    assert versions[1]["valid_to"] == versions[2]["valid_from"]
+    kinds = {row["version"]: row["kind"] for row in desk.rows("dim_field", "path = 'code'")}
+    assert kinds == {1: "text", 2: "number"}
+
+
+def test_a_dropped_collection_rewrites_everything(desk: Desk) -> None:
+    desk.submit(moment("2026-03-07"), {"code": "a"})
+    desk.run()
+    desk.db.responses.drop()
+    migrate(desk.db)
+    desk.submit(moment("2026-03-09"), {"code": "b"})
+    report = desk.run()
+    assert any("dropped" in line for line in report.said)
+    assert [row["day"] for row in desk.rows("fact_response")] == [date(2026, 3, 9)]
+
+
+@pytest.fixture
+def own_mongod(run_directory: Path) -> Iterator[Mongod]:
+    with Mongod(run_directory / "m") as server:
+        yield server
+
+
+def test_through_restarts_of_mongod_it_is_equal_in_the_end(own_mongod: Mongod, tmp_path: Path) -> None:
+    with MongoClient[Document](own_mongod.uri, tz_aware=True, w="majority", journal=True) as client:
+        db = client["quern"]
+        migrate(db)
+        desk = Desk(db, tmp_path)
+        desk.publish()
+        stop, made = threading.Event(), list[str]()
+
+        def write() -> None:
+            while not stop.is_set():
+                try:
+                    made.append(desk.submit(clock.now(), {"code": f"{len(made)}"}))
+                except PyMongoError:
+                    # What was not acknowledged may be there or not; the warehouse must say the same as MongoDB.
+                    time.sleep(0.1)
+                time.sleep(0.01)
+
+        def run() -> None:
+            while not stop.is_set():
+                try:
+                    desk.run()
+                except PyMongoError:
+                    # As the nightly job does: again later.
+                    time.sleep(0.2)
+
+        threads = [threading.Thread(target=write), threading.Thread(target=run)]
+        for thread in threads:
+            thread.start()
+        try:
+            for kill in (True, False, True):
+                time.sleep(1.5)
+                if kill:
+                    own_mongod.kill()
+                else:
+                    own_mongod.stop()
+                own_mongod.start()
+        finally:
+            time.sleep(1.0)
+            stop.set()
+            for thread in threads:
+                thread.join(120)
+        desk.run()
+        assert desk.holds()
+        assert {row["response"] for row in desk.rows("fact_response")} >= set(made)
+        assert len(made) > 10
