@@ -108,16 +108,18 @@ def test_a_cancelled_batch_gives_what_was_done(client: openai.OpenAI) -> None:
 
 def test_an_expansion_that_died_half_way_goes_on(lab: Lab, client: openai.OpenAI) -> None:
     lab.stack.processes["worker-low"].stop()
-    identity = start(client, [line(f"r{number}", chat(f"Say {number}.", max_tokens=1)) for number in range(500)])
+    url = "/v1/embeddings"
+    lines = [line(f"r{number}", {"model": EMBEDDING, "input": f"text {number}"}, url) for number in range(250)]
+    identity = start(client, lines, url)
     worker = lab.stack.processes["worker-low"]
     worker.start()
     until(lambda: lab.db.ai_requests.count_documents({"batch": f"bat_{identity.removeprefix('batch_')}"}) >= 200)
     worker.kill()
     worker.start()
     batch = ended(client, identity)
-    assert (batch.status, batch.request_counts.completed) == ("completed", 500)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 250)
     names = [one["custom_id"] for one in read(client, batch.output_file_id)]
-    assert names == [f"r{number}" for number in range(500)]
+    assert names == [f"r{number}" for number in range(250)]
 
 
 def test_files_come_back_as_they_were_and_can_be_deleted(client: openai.OpenAI) -> None:
