@@ -97,19 +97,17 @@ def quern_worker(folder: Path, concurrency: int) -> None:
 
 def quern_enqueue() -> Callable[[int], None]:
     from quern.config import LiveSettings
-    from quern.jobs import queue, turns
+    from quern.jobs.enqueue import Enqueuer
     from quern.jobs.model import NewJob, Queue
     from quern.jobs.wake import Waker
     from quern.store.connection import Store
 
     store = Store(LiveSettings())
-    waker = Waker(store.redis_queue_url)
+    add = Enqueuer(store, Waker(store.redis_queue_url))
 
     def enqueue(number: int) -> None:
         identity = NewJob.derived_id("bench", str(number))
-        opened = queue.insert(store.db, [NewJob(identity, "bench", Queue.DEFAULT, "noop", {"number": number})])
-        turns.open_many(store.db, opened)
-        waker.wake_all(opened)
+        add(NewJob(identity, "bench", Queue.DEFAULT, "noop", {"number": number}))
 
     return enqueue
 
@@ -243,6 +241,8 @@ class Bench:
     producer: subprocess.Popen[str]
     ended: Callable[[], bool]
     """Whether all that was enqueued has ended, not only begun."""
+    servers: list[int]
+    """Process ids of the servers that work for it: Redis, and Quern's mongod and scheduler."""
     given: int = 0
     figures: dict[str, list[float]] = field(default_factory=dict)
 
@@ -274,8 +274,21 @@ class Bench:
             time.sleep(0.005)
         return time.monotonic()
 
+    def cpu(self) -> float:
+        """Seconds of processor that its workers, its producer and its servers have used so far."""
+        pids = [*(worker.pid for worker in self.workers), self.producer.pid, *self.servers]
+        processes = [process for pid in pids for process in family(pid)]
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
     def note(self, figure: str, value: float) -> None:
         self.figures.setdefault(figure, []).append(value)
+
+
+def family(pid: int) -> list[Any]:
+    import psutil
+
+    parent = psutil.Process(pid)
+    return [parent, *parent.children(recursive=True)]
 
 
 def drain(bench: Bench, args: argparse.Namespace) -> None:
@@ -288,8 +301,10 @@ def drain(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def through(bench: Bench, args: argparse.Namespace) -> None:
+    before = bench.cpu()
     answer = bench.enqueue(args.jobs, args.producers)
     bench.note("through", args.jobs / (bench.wait() - answer["began"]))
+    bench.note("cpu", 1e6 * (bench.cpu() - before) / args.jobs)
 
 
 def latency(bench: Bench, args: argparse.Namespace) -> None:
@@ -315,6 +330,8 @@ def table(benches: dict[str, Bench]) -> str:
     for figure in ("enqueue", "drain", "through"):
         cells = [f"{statistics.median(bench.figures[figure]):.0f}" for bench in benches.values()]
         lines.append(f"| {figure}, jobs/s | " + " | ".join(cells) + " |")
+    cells = [f"{statistics.median(bench.figures['cpu']):.0f}" for bench in benches.values()]
+    lines.append("| processor of enqueue and drain, µs a job | " + " | ".join(cells) + " |")
     for figure in ("drain", "through"):
         cells = []
         for bench in benches.values():
@@ -365,7 +382,7 @@ def run(args: argparse.Namespace) -> int:
             return child
 
         # The reconciler is part of what makes nothing lost, so its cost is part of the figures.
-        spawn("scheduler", [sys.executable, "-m", "quern.cli.main", "scheduler"], stack.environment)
+        scheduler = spawn("scheduler", [sys.executable, "-m", "quern.cli.main", "scheduler"], stack.environment)
         for name in args.systems:
             folder = directory / name
             folder.mkdir()
@@ -391,7 +408,9 @@ def run(args: argparse.Namespace) -> int:
                 ended = lambda: True  # noqa: E731
             else:
                 ended = lambda name=name: not redis.exists(name, f"{name}.unacked")  # type: ignore[misc]  # noqa: E731
-            benches[name] = Bench(name, folder, workers, producer, ended)
+            own = [stack.redis.pid, stack.mongod.pid, scheduler.pid] if name == "quern" else [stack.redis.pid]
+            servers = [pid for pid in own if pid is not None]
+            benches[name] = Bench(name, folder, workers, producer, ended, servers)
         for bench in benches.values():
             # Everything imported, every connection made, before the first clock starts.
             bench.enqueue(50, args.producers)

@@ -117,7 +117,16 @@ def _claim(db: Db, queue: str, lease: float) -> Job | None:
         turns.close(db, turn, waiting["due"] if waiting else None)
 
 
-def claim_many(db: Db, queue: str, lease: float, most: int) -> list[Job]:
+@dataclass(frozen=True)
+class Claimed:
+    """Jobs that were claimed together."""
+
+    jobs: list[Job]
+    more: bool = True
+    """False when no other job of the queue was due: whoever enqueues the next one sends a wake-up for it."""
+
+
+def claim_many(db: Db, queue: str, lease: float, most: int) -> Claimed:
     """Take up to `most` jobs that are to start at once; as `claim`, with fewer trips to the database.
 
     Only while one turn is open: where tenants or priorities compete, each claim is a turn of its own.
@@ -126,27 +135,40 @@ def claim_many(db: Db, queue: str, lease: float, most: int) -> list[Job]:
         return _claim_many(db, queue, lease, most)
 
 
-def _claim_many(db: Db, queue: str, lease: float, most: int) -> list[Job]:
-    turn = turns.alone(db, queue, clock.now()) if most > 1 else None
-    if turn is None:
-        job = claim(db, queue, lease)
-        return [job] if job else []
+def _claim_many(db: Db, queue: str, lease: float, most: int) -> Claimed:
     now = clock.now()
-    mine = {"queue": queue, "priority": turn.priority, "tenant": turn.tenant, "state": State.QUEUED.value}
-    # More than are wanted: other workers claim at the same time, and the oldest are everybody's first choice.
-    found = list(db.jobs.find({**mine, "due": {"$lte": now}}).sort([("due", 1), ("_id", 1)]).limit(2 * most))
-    claimed: list[Job] = []
-    while found and len(claimed) < most:
-        chosen, found = found[: most - len(claimed)], found[most - len(claimed) :]
-        claimed += _claim_these(db, chosen, now, lease)
-    if not claimed:
-        # Nothing was due, or others were faster: the careful way closes the turn where that is due.
+    open_turns = turns.due(db, queue, now, most=2)
+    if not open_turns:
+        return Claimed([], more=False)
+    if len(open_turns) > 1:
         job = claim(db, queue, lease)
-        return [job] if job else []
+        return Claimed([job] if job else [], more=job is not None)
+    [turn] = open_turns
+    mine = {"queue": queue, "priority": turn.priority, "tenant": turn.tenant, "state": State.QUEUED.value}
+    # More than are wanted: other workers claim at the same time, and the oldest are everybody's first choice. Those
+    # that are not due are read as well: the first of them says until when the turn may be put off.
+    found = list(db.jobs.find(mine).sort([("due", 1), ("_id", 1)]).limit(2 * most))
+    due = [document for document in found if document["due"] <= now]
+    seen_all = len(found) < 2 * most or len(due) < len(found)
+    claimed: list[Job] = []
+    more = True
+    try:
+        left = due
+        while left and len(claimed) < most:
+            chosen, left = left[: most - len(claimed)], left[most - len(claimed) :]
+            claimed += _claim_these(db, chosen, now, lease)
+        if seen_all and not left:
+            # Every job that was due is somebody's now. Whoever enqueued one meanwhile opens the turn anew, and this
+            # close, of the turn as it was read before, leaves that as it is.
+            more = not turns.close(db, turn, found[len(due)]["due"] if len(due) < len(found) else None)
+    except PyMongoError:
+        # What was claimed must be run: nobody else may, until its lease runs out.
+        if not claimed:
+            raise
     for job in claimed:
         metrics.CLAIMS.labels(queue, job.kind).inc()
         metrics.JOB_WAIT_SECONDS.labels(queue).observe(max(0.0, (now - job.due).total_seconds()))
-    return claimed
+    return Claimed(claimed, more)
 
 
 def _claim_these(db: Db, documents: list[Document], now: datetime, lease: float) -> list[Job]:

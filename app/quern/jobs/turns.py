@@ -73,20 +73,21 @@ def take(db: Db, queue: str, now: datetime) -> Turn | None:
     return _turn(document) if document else None
 
 
-def alone(db: Db, queue: str, now: datetime) -> Turn | None:
-    """The one turn of a queue that is due; None when there is none, or when tenants or priorities compete."""
-    ready = list(db.turns.find({"queue": queue, "ready": {"$lte": now}}).limit(2))
-    return _turn(ready[0]) if len(ready) == 1 else None
+def due(db: Db, queue: str, now: datetime, most: int) -> list[Turn]:
+    """Up to `most` turns of a queue that have work, in no order."""
+    return [_turn(document) for document in db.turns.find({"queue": queue, "ready": {"$lte": now}}).limit(most)]
 
 
-def close(db: Db, turn: Turn, next_due: datetime | None) -> None:
-    """End a turn that had no job due: put off until `next_due`, or drop it when nothing waits."""
+def close(db: Db, turn: Turn, next_due: datetime | None) -> bool:
+    """End a turn that has no job due: put off until `next_due`, or drop it when nothing waits.
+
+    False when somebody opened it again, or closed it, since it was read.
+    """
     unchanged = {"_id": turn.id, "opening": turn.opening}
     turns = db.turns.with_options(write_concern=EPHEMERAL)
     if next_due is None:
-        turns.delete_one(unchanged)
-    else:
-        turns.update_one(unchanged, {"$set": {"ready": next_due}})
+        return turns.delete_one(unchanged).deleted_count == 1
+    return turns.update_one(unchanged, {"$set": {"ready": next_due}}).matched_count == 1
 
 
 def ready_queues(db: Db, now: datetime) -> list[str]:

@@ -17,10 +17,17 @@ from redis.exceptions import RedisError
 
 from quern.jobs.model import CONCURRENCY, Queue
 from quern.observe import metrics
-from quern.store.redis_connection import Url, pool
+from quern.store.redis_connection import Url, connect, pool
 
 TASK: Final = "work"
+#: Adds wake-ups until so many wait: KEYS the queue's list, ARGV the message, how many are wanted, how many may wait.
+_WAKE: Final = """
+local n = math.min(tonumber(ARGV[2]), tonumber(ARGV[3]) - redis.call('LLEN', KEYS[1]))
+for _ = 1, n do redis.call('LPUSH', KEYS[1], ARGV[1]) end
+"""
 RELAY: Final = "relay"
+#: Seconds in which nudges of one process are merged.
+_MERGED: Final = 0.02
 _log = logging.getLogger(__name__)
 
 
@@ -49,17 +56,21 @@ class Waker:
     """Sends wake-ups. A failed one is counted and forgotten: it never fails who called."""
 
     def __init__(self, url: Url) -> None:
-        names = [*(queue.value for queue in Queue), RELAY]
-        self._hueys = {name: make_huey(name, url, timeout=0.5) for name in names}
-        self._tasks = {name: bind(huey, _never_runs_here) for name, huey in self._hueys.items()}
-        self._most: dict[str, int] = {queue.value: CONCURRENCY[queue] for queue in Queue} | {RELAY: 1}
+        most: dict[str, int] = {queue.value: CONCURRENCY[queue] for queue in Queue} | {RELAY: 1}
+        redis = connect(url, timeout=0.5)
+        self._add = redis.register_script(_WAKE)
+        self._messages: dict[str, tuple[str, bytes, int]] = {}
+        for name, waiting in most.items():
+            huey = make_huey(name, url, timeout=0.5)
+            # All wake-ups of a queue are the same message: nobody ever asks for one of them by its id.
+            message = huey.serialize_task(bind(huey, _never_runs_here).s())
+            self._messages[name] = (huey.storage.queue_key, message, waiting)
 
     def wake(self, queue: str, count: int = 1) -> bool:
         """Wake up to `count` workers of a queue; fewer where enough wake-ups wait already. False when Redis is away."""
+        key, message, most = self._messages[queue]
         try:
-            waiting = self._hueys[queue].storage.queue_size()
-            for _ in range(min(count, self._most[queue] - waiting)):
-                self._tasks[queue]()
+            self._add(keys=[key], args=[message, count, most])
         except (RedisError, OSError) as error:
             metrics.WAKE_FAILED.labels(queue).inc()
             _log.warning(
@@ -103,5 +114,5 @@ class Nudger:
                 wanted, self._wanted = self._wanted, set()
             for queue in wanted:
                 self._waker.wake(queue)
-            # Nudges of the next moment are one wake-up.
-            time.sleep(0.005)
+            # Nudges of the next moment are one wake-up; the relay that they are for takes a breath of its own.
+            time.sleep(_MERGED)

@@ -5,8 +5,9 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from huey.consumer import Consumer
@@ -27,6 +28,16 @@ _log = logging.getLogger(__name__)
 _BEAT = 2.0
 #: Seconds that a stopping worker waits for claims that are on their way.
 _LAST_CLAIMS = 5.0
+#: Jobs that a process may hold claimed beyond those it runs, for each of its threads (Celery's default is four), while
+#: the jobs of its queue take less than _QUICK seconds on the mean: claiming them costs more than doing them.
+_AHEAD = 3
+_QUICK = 0.005
+#: Seconds after which a job that was claimed ahead, and stands behind one that is slower than its like, is given back.
+_OVERDUE = 0.25
+#: Seconds between two batches of quick jobs while they keep coming.
+_BREATH = 0.005
+#: Seconds between two wake-ups that a busy worker sends for others while it leaves work behind.
+_WOKEN = 0.05
 _LOST_LEASE = "lost the lease of a job; its next worker does it again"
 
 T = TypeVar("T")
@@ -92,8 +103,22 @@ class Leases:
                     stop.set()
 
 
-class _OthersWereFaster(Exception):
-    """Fewer jobs could be claimed than threads had asked together: ask again."""
+@dataclass(frozen=True)
+class _Held:
+    """A job under a lease of this process."""
+
+    job: Job
+    stop: threading.Event
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """What a thread that asked for a job got."""
+
+    held: _Held | None
+    more: bool
+    """Whether it is worth asking again."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,15 @@ class Worker:
         self._claims = threading.Condition()
         self._claiming = 0
         self._learned: dict[str, float] = {}
-        self._claim: Combiner[None, Job | None] = Combiner(self._claim_for)
+        self._claim: Combiner[None, _Turned] = Combiner(self._claim_for)
+        self._ahead: deque[_Held] = deque()
+        self._ahead_put = threading.Event()
+        self._mean = 4 * _QUICK
+        self._draining = 0
+        self._turnstile = threading.Lock()
+        self._queued = False
+        self._drained = 0.0
+        self._woke = 0.0
         self._ends: Ends[_Ending] = Ends(self._write_ends)
 
     def run(self, stop: threading.Event | None = None) -> None:
@@ -144,6 +177,7 @@ class Worker:
         )
         threading.Thread(target=self._drain_at_start, name="first drain", daemon=True).start()
         threading.Thread(target=self._announce, name="announcer", daemon=True).start()
+        threading.Thread(target=self._watch_ahead, name="ahead", daemon=True).start()
         if stop is not None:
             threading.Thread(target=_pass_on, args=(stop, consumer.stop_flag), name="early stop", daemon=True).start()
         consumer.run()
@@ -174,47 +208,138 @@ class Worker:
         self._ends.flush(_LAST_CLAIMS)
         self._leases.stop_all()
         for job in self._leases.held():
-            try:
-                if queue.put_back(self._store.db, job, after=0, reason="the worker was stopped", charged=False):
-                    self._waker.wake(self._queue.value)
-                elif queue.cancel_asked(self._store.db, job):
-                    self._waker.wake_all(queue.settle(self._store, self._registry, job, State.CANCELLED))
-            except queue.LeaseLostError:
-                continue
-            except PyMongoError:
-                _log.warning("could not hand a lease back; it runs out by itself", extra={"job": job.id})
+            self._put_back(job, "the worker was stopped")
 
     def drain(self) -> None:
         """Claim and run until no job is due, and all that ran here is written. What the one Huey task does."""
-        while True:
+        quick = self._mean < _QUICK
+        with self._claims:
+            if quick and self._queued:
+                # The thread that waits for the one at work will see what this wake-up announces.
+                return
+            self._queued |= quick
+            self._draining += 1
+        # Of quick jobs one thread does a batch while the next one gathers: that costs less than many at once.
+        alone = quick and self._turnstile.acquire(timeout=_OVERDUE)
+        try:
+            if quick:
+                self._queued = False
+                if not alone:
+                    # It was a slow one after all.
+                    self._mean = 4 * _QUICK
+                elif time.monotonic() - self._drained < _BREATH:
+                    # Jobs keep coming: fewer and fuller batches.
+                    time.sleep(_BREATH)
+            self._drain()
+            self._drained = time.monotonic()
+        finally:
+            if alone:
+                self._turnstile.release()
             with self._claims:
-                if self._stopping():
+                self._draining -= 1
+
+    def _drain(self) -> None:
+        more = True
+        while more or self._ahead:
+            asked = time.monotonic()
+            held = self._next_ahead()
+            if held is None:
+                turned = self._ask()
+                if turned is None:
                     return
-                self._claiming += 1
-            stop, asked = threading.Event(), time.monotonic()
-            try:
-                job = self._claim(None)
-                if job is None:
-                    break
-                self._leases.hold(job, stop)
-            except _OthersWereFaster:
-                continue
-            except PyMongoError as error:
-                _log.warning("could not claim; the reconciler will wake us", extra={"error": type(error).__name__})
-                break
-            finally:
-                with self._claims:
-                    self._claiming -= 1
-                    self._claims.notify_all()
-            self._work(job, stop, asked)
+                held, more = turned.held, turned.more
+                if held is None:
+                    continue
+            # What followed from its end, or is to be tried again at once, may wait in this very queue.
+            more = self._work(held.job, held.stop, asked) or more
         self._ends.flush()
 
-    def _claim_for(self, askers: list[None]) -> list[Job | BaseException | None]:
-        """A job for each of the threads that ask at this moment."""
+    def _next_ahead(self) -> _Held | None:
+        """A job that was claimed ahead; those that are left when the worker stops are handed back with the others."""
+        try:
+            return None if self._stopping() else self._ahead.popleft()
+        except IndexError:
+            return None
+
+    def _ask(self) -> _Turned | None:
+        """Claim a job, for this thread and for those that ask meanwhile. None: the worker stops."""
+        with self._claims:
+            if self._stopping():
+                return None
+            self._claiming += 1
+        try:
+            return self._claim(None)
+        except PyMongoError as error:
+            _log.warning("could not claim; the reconciler will wake us", extra={"error": type(error).__name__})
+            return _Turned(None, more=False)
+        finally:
+            with self._claims:
+                self._claiming -= 1
+                self._claims.notify_all()
+
+    def _claim_for(self, askers: list[None]) -> list[_Turned]:
+        """A job for each of the threads that ask at this moment, and, of quick ones, some that they do next."""
         lease = self._store.settings.job.lease
-        jobs = queue.claim_many(self._store.db, self._queue.value, lease, len(askers))
-        missing = len(askers) - len(jobs)
-        return [*jobs, *([_OthersWereFaster()] * missing if jobs else [None] * missing)]
+        wanted = len(askers)
+        if self._mean < _QUICK:
+            wanted += _AHEAD * self._concurrency
+        claimed = queue.claim_many(self._store.db, self._queue.value, lease, wanted)
+        held = [_Held(job, threading.Event()) for job in claimed.jobs]
+        for one in held:
+            self._leases.hold(one.job, one.stop)
+        mine, ahead = held[: len(askers)], held[len(askers) :]
+        if ahead:
+            self._ahead.extend(ahead)
+            self._ahead_put.set()
+        if claimed.more and claimed.jobs:
+            self._wake_another()
+        # A thread that got nothing while others did asks again: others were faster at some of them.
+        more = claimed.more if not held else True
+        return [
+            *(_Turned(one, claimed.more) for one in mine),
+            *(_Turned(None, more) for _ in range(len(askers) - len(mine))),
+        ]
+
+    def _wake_another(self) -> None:
+        """There is more to do than was asked for: whoever enqueued it may have sent one wake-up for all of it."""
+        now = time.monotonic()
+        if self._draining < self._concurrency or now - self._woke > _WOKEN:
+            self._woke = now
+            self._waker.wake(self._queue.value)
+
+    def _watch_ahead(self) -> None:
+        """Give back what was claimed ahead when a job in front of it takes longer than its like."""
+        while not self._stopping():
+            self._ahead_put.wait(1.0)
+            self._ahead_put.clear()
+            while self._ahead and not self._stopping():
+                time.sleep(_OVERDUE)
+                self.give_back_overdue()
+
+    def give_back_overdue(self) -> None:
+        """Queue again what was claimed ahead and has not been begun in time, for whoever has a thread to spare."""
+        while True:
+            try:
+                held = self._ahead.popleft()
+            except IndexError:
+                return
+            if time.monotonic() - held.since < _OVERDUE:
+                self._ahead.appendleft(held)
+                return
+            self._put_back(held.job, "the worker was busy")
+            self._leases.release(held.job)
+
+    def _put_back(self, job: Job, reason: str) -> None:
+        """Queue a job that this worker did not finish, for another one."""
+        try:
+            if queue.put_back(self._store.db, job, after=0, reason=reason, charged=False):
+                self._waker.wake(self._queue.value)
+            elif queue.cancel_asked(self._store.db, job):
+                self._waker.wake_all(queue.settle(self._store, self._registry, job, State.CANCELLED))
+        except queue.LeaseLostError:
+            return
+        except PyMongoError:
+            _log.warning("could not hand a lease back; it runs out by itself", extra={"job": job.id})
 
     def run_one(self, job: Job) -> None:
         """Run a claimed job and write how it ended."""
@@ -223,7 +348,8 @@ class Worker:
         self._work(job, stop, time.monotonic())
         self._ends.flush()
 
-    def _work(self, job: Job, stop: threading.Event, asked: float) -> None:
+    def _work(self, job: Job, stop: threading.Event, asked: float) -> bool:
+        """Run a claimed job and see to its end; whether other work may have followed from that."""
         token = logs.request_id.set(job.request_id)
         began = time.monotonic()
         state: str | None = "lost"
@@ -238,6 +364,7 @@ class Worker:
                 self._leases.release(job)
             logs.request_id.reset(token)
         seconds = time.monotonic() - began
+        self._mean += (seconds - self._mean) / 16
         if isinstance(verdict, queue.End):
             self._ends.put(_Ending(verdict, seconds))
         else:
@@ -245,6 +372,7 @@ class Worker:
         if State.DONE.value == (verdict.state.value if isinstance(verdict, queue.End) else verdict):
             # From the claim on: what stands behind this job waited for that as well.
             self._learn(job, time.monotonic() - asked)
+        return not isinstance(verdict, queue.End)
 
     def _write_ends(self, endings: list[_Ending]) -> None:
         ends, now = [ending.end for ending in endings], clock.now()

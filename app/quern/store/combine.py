@@ -6,6 +6,7 @@ next. So a lone thread waits for nobody, and a crowd pays for few trips and few 
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -30,12 +31,21 @@ class Combiner(Generic[T, R]):
 
     `work` returns one outcome for each item, in order; an outcome that is an exception is raised in the thread whose
     item it was. What `work` itself raises is raised in every thread of the batch.
+
+    `linger`: seconds that a leader waits for others where there have just been others (PostgreSQL's `commit_delay`):
+    threads that call again and again would else go alone and all the rest by turns.
     """
 
     def __init__(
-        self, work: Callable[[list[T]], Sequence[R | BaseException]], *, most: int = 32, at_once: int = 1
+        self,
+        work: Callable[[list[T]], Sequence[R | BaseException]],
+        *,
+        most: int = 32,
+        at_once: int = 1,
+        linger: float = 0.0,
     ) -> None:
-        self._work, self._most, self._at_once = work, most, at_once
+        self._work, self._most, self._at_once, self._linger = work, most, at_once, linger
+        self._crowd = 0
         self._lock = threading.Lock()
         self._waiting: deque[_Entry[T, R]] = deque()
         self._leaders = 0
@@ -59,6 +69,8 @@ class Combiner(Generic[T, R]):
         return mine.outcome  # type: ignore[return-value]  # set by the batch; R may itself be optional
 
     def _lead(self, mine: _Entry[T, R]) -> None:
+        if self._linger and len(self._waiting) + 1 < self._crowd:
+            time.sleep(self._linger)
         with self._lock:
             batch = [mine]
             while self._waiting and len(batch) < self._most:
@@ -72,6 +84,8 @@ class Combiner(Generic[T, R]):
                 entry.outcome = error
         finally:
             with self._lock:
+                # All that were here during this batch; half of what was before, lest one crowd be waited for for ever.
+                self._crowd = max(len(batch) + len(self._waiting), self._crowd // 2)
                 if self._waiting:
                     following = self._waiting.popleft()
                     following.leads = True

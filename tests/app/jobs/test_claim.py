@@ -122,7 +122,7 @@ def test_a_job_due_later_does_not_go_along_with_one_that_is_due(store: Store) ->
     [due, _] = enqueue(store, new_job(), later)
     assert claim(store).id == due
     assert queue.claim(store.db, "default", 60) is None
-    assert queue.claim_many(store.db, "default", 60, 4) == []
+    assert queue.claim_many(store.db, "default", 60, 4).jobs == []
 
 
 def test_a_blocked_job_is_not_claimed(store: Store) -> None:

@@ -75,3 +75,27 @@ def test_a_trip_that_fails_fails_everyone_on_it_and_nobody_after_it() -> None:
         combiner(1)
     fails = False
     assert combiner(2) == 2
+
+
+def test_a_leader_that_lingers_takes_a_returning_crowd_along_and_alone_waits_for_nobody() -> None:
+    batches: list[int] = []
+
+    def work(items: list[int]) -> list[int]:
+        batches.append(len(items))
+        return items
+
+    combiner = Combiner(work, linger=5.0)
+    for number in range(3):
+        assert combiner(number) == number
+    assert batches == [1, 1, 1], "alone"
+    combiner._crowd = 4
+    began = threading.Barrier(4)
+
+    def ask(number: int) -> int:
+        began.wait(LIMIT)
+        return combiner(number)
+
+    combiner._linger = 1.0
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [0, 1, 2, 3]
+    assert batches[3:] == [4]
