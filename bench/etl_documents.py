@@ -1,13 +1,13 @@
-"""Generated responses, audit entries and jobs in MongoDB: realistic sizes, skewed tenants, the same for the same seed."""
+"""Generated responses, audit entries and jobs in MongoDB: realistic sizes, skewed tenants, the same for one seed."""
 
 import random
-import time
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import bson
 import orjson
 from bson.raw_bson import RawBSONDocument
+from pymongo import WriteConcern
 
 from quern.migrations import migrate
 from quern.store import identifier
@@ -28,14 +28,22 @@ DEFINITION = {
         {"name": "visited", "type": "date"},
         {"name": "comment", "type": "long_text"},
         {"name": "topics", "type": "multiple_choice", "options": [{"value": item} for item in TOPICS]},
-        {"name": "contact", "type": "group", "fields": [{"name": "city", "type": "text"}, {"name": "phone", "type": "text"}]},
+        {
+            "name": "contact",
+            "type": "group",
+            "fields": [{"name": "city", "type": "text"}, {"name": "phone", "type": "text"}],
+        },
         {"name": "agreed", "type": "consent"},
     ]
 }
 WORKFLOW = {
     "steps": [
         {"name": "summary", "type": "summarize"},
-        {"name": "topic", "type": "classify", "labels": {name: "" for name in ("praise", "complaint", "question", "idea")}},
+        {
+            "name": "topic",
+            "type": "classify",
+            "labels": dict.fromkeys(("praise", "complaint", "question", "idea"), ""),
+        },
         {"name": "mood", "type": "sentiment"},
         {
             "name": "mail",
@@ -48,25 +56,36 @@ WORKFLOW = {
     ]
 }
 
+_FAST = WriteConcern(w=1, j=False)
+
 
 def tenant_of(number: int) -> str:
     return identifier.derived("ten", "bench", str(number))
 
 
 def load(
-    db: Db, *, responses: int, tenants: int, days: int, last: date, seed: int = 5, jobs_days: int = 30, progress: bool = False
+    db: Db,
+    *,
+    responses: int,
+    tenants: int,
+    days: int,
+    last: date,
+    seed: int = 5,
+    jobs_days: int = 30,
+    first: bool = False,
 ) -> dict[str, int]:
-    """Fill a migrated database; returns the number of documents by collection.
+    """Fill a database; returns the number of documents by collection. `first`: make its indexes and forms as well.
 
-    Each response has its audit entry; those of the last `jobs_days` days have their jobs, as MongoDB forgets older ones.
+    Each response has its audit entry; those of the last `jobs_days` days have jobs, as MongoDB forgets older ones.
     """
-    migrate(db)
+    if first:
+        migrate(db)
     made = {"responses": 0, "audit": 0, "jobs": 0}
     weights = [1 / (number + 1) for number in range(tenants)]
     generators = [_Tenant(number, seed) for number in range(tenants)]
     for generator in generators:
-        generator.register(db, last - timedelta(days=days))
-    began = time.monotonic()
+        if first:
+            generator.register(db, last - timedelta(days=days))
     for offset in range(days):
         day = last - timedelta(days=days - 1 - offset)
         for generator, weight in zip(generators, weights, strict=True):
@@ -77,14 +96,7 @@ def load(
                     if documents:
                         db[name].with_options(write_concern=_FAST).insert_many(documents, ordered=False)
                         made[name] += len(documents)
-        if progress and offset % 10 == 9:
-            print(f"loaded {made['responses']} responses, {time.monotonic() - began:.0f} s", flush=True)
     return made
-
-
-from pymongo import WriteConcern  # noqa: E402
-
-_FAST = WriteConcern(w=1, j=False)
 
 
 class _Tenant:
@@ -93,7 +105,8 @@ class _Tenant:
         self.random = random.Random(seed * 1000 + number)
         self.forms = [identifier.derived("frm", self.tenant, str(place)) for place in range(2)]
         self.key = identifier.derived("key", self.tenant)
-        self.made = 0
+        # Another seed makes other responses.
+        self.seed, self.made = seed, 0
         words = _TEXT.split()
         self.texts = [
             " ".join(self.random.choices(words, k=max(3, min(600, int(self.random.lognormvariate(3.4, 0.9))))))
@@ -104,17 +117,39 @@ class _Tenant:
         at = datetime(first.year, first.month, first.day, tzinfo=UTC)
         db.tenants.insert_one({"_id": self.tenant, "name": self.tenant, "created": at})
         db.keys.insert_one(
-            {"_id": self.key, "tenant": self.tenant, "name": "website", "kind": "publishable", "created": at, "revoked": None}
+            {
+                "_id": self.key,
+                "tenant": self.tenant,
+                "name": "website",
+                "kind": "publishable",
+                "created": at,
+                "revoked": None,
+            }
         )
         texts = {"definition": orjson.dumps(DEFINITION).decode(), "workflow": orjson.dumps(WORKFLOW).decode()}
         for form in self.forms:
             db.forms.insert_one(
-                {"_id": form, "tenant": self.tenant, "name": "Survey", "status": "open", "version": 1, "draft": None,
-                 "created": at, "updated": at}
+                {
+                    "_id": form,
+                    "tenant": self.tenant,
+                    "name": "Survey",
+                    "status": "open",
+                    "version": 1,
+                    "draft": None,
+                    "created": at,
+                    "updated": at,
+                }
             )
             db.form_versions.insert_one(
-                {"_id": f"{form}:1", "tenant": self.tenant, "form": form, "version": 1, "name": "Survey", **texts,
-                 "published": at}
+                {
+                    "_id": f"{form}:1",
+                    "tenant": self.tenant,
+                    "form": form,
+                    "version": 1,
+                    "name": "Survey",
+                    **texts,
+                    "published": at,
+                }
             )
 
     def documents(self, day: date, count: int, *, with_jobs: bool) -> dict[str, list[Any]]:
@@ -130,7 +165,7 @@ class _Tenant:
     def _one(self, start: datetime, with_jobs: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
         random_ = self.random
         self.made += 1
-        identity = identifier.derived("rsp", self.tenant, str(self.made))
+        identity = identifier.derived("rsp", self.tenant, str(self.seed), str(self.made))
         created = start + timedelta(milliseconds=random_.randrange(86_400_000))
         seconds = min(3600.0, random_.lognormvariate(2.5, 1.0))
         processed = created + timedelta(milliseconds=int(seconds * 1000))

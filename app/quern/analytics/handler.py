@@ -89,7 +89,6 @@ def _child(command: str, context: Context) -> dict[str, Any]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "QUERN_METRICS_BIND": ""},
         start_new_session=True,
     ) as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, nice)

@@ -1,0 +1,293 @@
+"""The ETL against the bare rate of reading MongoDB and writing Parquet; its memory; a day's cost; the API meanwhile.
+
+    python bench/etl.py load --data /tmp/etl --responses 1000000 --days 100
+    python bench/etl.py rate --data /tmp/etl        # bare rate, the first run of the ETL, its memory, verification
+    python bench/etl.py day  --data /tmp/etl        # one day more, and what it costs
+    python bench/etl.py api  --responses 100000     # p99 of the API, idle and while the ETL runs
+
+The bare peer reads every collection with `find()` and writes each with `pyarrow.Table.from_pylist` to one Parquet
+file, 5,000 documents at a time. The ETL's rate counts the same documents (responses, audit entries, jobs), each once,
+though it reads responses and audit entries twice to compare them, and writes JSONL, Parquet and the star schema.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from cryptography.fernet import Fernet
+from etl_documents import load
+from pymongo import MongoClient
+
+from quern.embedded.mongod import Mongod
+from quern.embedded.stack import temporary_stack
+from quern.store.connection import Db, Document
+from tests.app.api.client import House
+
+_BATCH = 5000
+_DATABASE = "quern"
+_COLLECTIONS = ("responses", "audit", "jobs")
+
+
+def _mongod(data: Path) -> Mongod:
+    return Mongod(data / "mongod", cache_gigabytes=1.0)
+
+
+def _client(server: Mongod) -> MongoClient[Document]:
+    return MongoClient(server.uri, tz_aware=True)
+
+
+def _state(data: Path) -> dict[str, Any]:
+    path = data / "state.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def run_load(arguments: argparse.Namespace) -> None:
+    """Load days, going on where an earlier load stopped."""
+    data = arguments.data
+    data.mkdir(parents=True, exist_ok=True)
+    state = _state(data)
+    last = date.fromisoformat(state["last"]) if state else date(2026, 11, 21) - timedelta(days=arguments.days)
+    per_day = state.get("per_day") or round(arguments.responses / arguments.days)
+    days = min(arguments.days, (date(2026, 11, 20) - last).days)
+    with _mongod(data) as server, _client(server) as client:
+        began = time.monotonic()
+        for number in range(days):
+            day = last + timedelta(days=1)
+            recent = (date(2026, 11, 21) - day).days <= 30
+            load(
+                client[_DATABASE],
+                responses=per_day,
+                tenants=20,
+                days=1,
+                last=day,
+                seed=day.toordinal(),
+                jobs_days=1 if recent else 0,
+                first=not state and number == 0,
+            )
+            last = day
+            (data / "state.json").write_text(json.dumps({"last": last.isoformat(), "per_day": per_day}))
+            if time.monotonic() - began > arguments.seconds:
+                break
+        counts = {name: client[_DATABASE][name].estimated_document_count() for name in _COLLECTIONS}
+        print(f"up to {last}: {counts}, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def bare(db: Db, directory: Path, limit: int) -> tuple[int, float]:
+    """Documents and seconds of the peer, over the newest `limit` of each collection (0: all)."""
+    count, began = 0, time.monotonic()
+    for name in _COLLECTIONS:
+        writer: pq.ParquetWriter | None = None
+        batch: list[Document] = []
+        # An empty object has no column in Parquet.
+        cursor = db[name].find({}, {"log.data": 0}).sort("$natural", -1).limit(limit)
+        for document in cursor:
+            batch.append(document)
+            count += 1
+            if len(batch) >= _BATCH:
+                writer = _flush(writer, batch, directory / f"{name}.parquet")
+        if batch:
+            writer = _flush(writer, batch, directory / f"{name}.parquet")
+        if writer is not None:
+            writer.close()
+    return count, time.monotonic() - began
+
+
+def _flush(writer: pq.ParquetWriter | None, batch: list[Document], path: Path) -> pq.ParquetWriter:
+    table = pa.Table.from_pylist(batch, schema=writer.schema if writer else None)
+    if writer is None:
+        writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+    writer.write_table(table)
+    batch.clear()
+    return writer
+
+
+def _environment(uri: str, data: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "QUERN_MONGODB_URI": uri,
+        "QUERN_MONGODB_DATABASE": _DATABASE,
+        "QUERN_REDIS_QUEUE_URL": "unix:///run/none.sock",
+        "QUERN_SECRET_KEYS": Fernet.generate_key().decode(),
+        "QUERN_AUDIT_KEY": "b" * 40,
+        "QUERN_ANALYTICS__WAREHOUSE": str(data / "warehouse"),
+        "QUERN_ANALYTICS__EXTRACT": str(data / "extract"),
+        "QUERN_ANALYTICS__NICE": "0",
+    }
+
+
+def etl(uri: str, data: Path, *command: str) -> tuple[dict[str, Any], float]:
+    """What `quern etl …` reports, and its peak memory in MB."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "quern.cli.main", "etl", *command, "--json"],
+        env=_environment(uri, data),
+        stdout=subprocess.PIPE,
+    )
+    peak = [0.0]
+    watcher = threading.Thread(target=_watch_memory, args=(child, peak), daemon=True)
+    watcher.start()
+    out, _ = child.communicate()
+    if child.returncode:
+        raise SystemExit(f"quern etl {' '.join(command)} ended with {child.returncode}: {out.decode()[-2000:]}")
+    return dict(json.loads(out)), peak[0]
+
+
+def _watch_memory(child: "subprocess.Popen[bytes]", peak: list[float]) -> None:
+    """Keep the highest `VmHWM` (MB) of a process."""
+    while child.poll() is None:
+        try:
+            for line in Path(f"/proc/{child.pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    peak[0] = max(peak[0], int(line.split()[1]) / 1024)
+        except OSError:
+            return
+        time.sleep(0.2)
+
+
+def run_rate(arguments: argparse.Namespace) -> None:
+    data = arguments.data
+    for name in ("warehouse", "extract"):
+        shutil.rmtree(data / name, ignore_errors=True)
+    with _mongod(data) as server, _client(server) as client:
+        stored = client[_DATABASE].responses.estimated_document_count()
+        with tempfile.TemporaryDirectory(dir=data) as folder:
+            count, seconds = bare(client[_DATABASE], Path(folder), arguments.limit)
+        rate = count / seconds
+        print(f"bare: {count} documents in {seconds:.1f} s, {rate:.0f}/s", flush=True)
+        report, peak = etl(server.uri, data, "run")
+        mine = report["documents"] / report["seconds"]
+        print(
+            f"etl: {stored} responses, {report['documents']} documents in {report['seconds']:.1f} s, {mine:.0f}/s; "
+            f"ratio {mine / rate:.2f}; peak {peak:.0f} MB",
+            flush=True,
+        )
+        sizes = {name: _size(data / name) for name in ("warehouse", "extract")}
+        print(f"sizes in MB: {sizes}", flush=True)
+        with tempfile.TemporaryDirectory(dir=data) as folder:
+            count, seconds = bare(client[_DATABASE], Path(folder), arguments.limit)
+        print(f"bare again: {count / seconds:.0f}/s, ratio {mine / (count / seconds):.2f}", flush=True)
+
+
+def _size(directory: Path) -> int:
+    return round(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6)
+
+
+def run_day(arguments: argparse.Namespace) -> None:
+    """The days after the last loaded one, each with its run."""
+    data, state = arguments.data, _state(arguments.data)
+    last = date.fromisoformat(state["last"])
+    with _mongod(data) as server, _client(server) as client:
+        stored = client[_DATABASE].responses.estimated_document_count()
+        for number in range(arguments.times):
+            day = last + timedelta(days=number + 1)
+            load(
+                client[_DATABASE],
+                responses=state["per_day"],
+                tenants=20,
+                days=1,
+                last=day,
+                seed=day.toordinal(),
+                jobs_days=1,
+            )
+            report, peak = etl(server.uri, data, "run")
+            print(
+                f"a day at {stored} responses: {report['days']} tenant days, {report['documents']} documents, "
+                f"{report['events']} events, {report['seconds']:.1f} s; peak {peak:.0f} MB",
+                flush=True,
+            )
+            (data / "state.json").write_text(json.dumps({**state, "last": day.isoformat()}))
+
+
+def run_api(arguments: argparse.Namespace) -> None:
+    """Latency of submissions, idle and while the ETL builds the warehouse anew, in turns."""
+    with temporary_stack(with_engine=False) as stack, tempfile.TemporaryDirectory() as folder:
+        data, uri = Path(folder), stack.mongod.uri
+        with MongoClient[Document](uri, tz_aware=True) as client:
+            load(
+                client[_DATABASE],
+                responses=arguments.responses,
+                tenants=20,
+                days=10,
+                last=date(2026, 11, 20),
+                first=True,
+            )
+        caller = _Caller(House(stack))
+        caller.measure(5)
+        for turn in range(arguments.turns):
+            idle = caller.measure(arguments.seconds)
+            command = [sys.executable, "-m", "quern.cli.main", "etl", "rebuild", "--json"]
+            # As the worker starts it: see `analytics.handler`.
+            child = subprocess.Popen(
+                ["nice", "-n", "10", *command], env=_environment(uri, data), stdout=subprocess.DEVNULL
+            )
+            time.sleep(3)
+            busy = caller.measure(arguments.seconds)
+            running = child.poll() is None
+            child.terminate()
+            child.wait()
+            print(
+                f"turn {turn}: p50/p99 idle {idle[0]:.1f}/{idle[1]:.1f} ms, "
+                f"while the ETL runs {busy[0]:.1f}/{busy[1]:.1f} ms, "
+                f"ratio of p99 {busy[1] / idle[1]:.2f}; the ETL outlasted the measurement: {running}",
+                flush=True,
+            )
+
+
+class _Caller:
+    """Submits at an even pace, as one busy website does."""
+
+    def __init__(self, house: House) -> None:
+        self._client = house.client()
+        fields = [{"name": "comment", "type": "long_text"}]
+        self._path = f"/forms/{self._client.form(fields)}/responses"
+
+    def measure(self, seconds: float, pace: float = 20.0) -> tuple[float, float]:
+        """p50 and p99 in milliseconds."""
+        times: list[float] = []
+        due = time.monotonic()
+        end = due + seconds
+        while due < end:
+            time.sleep(max(0.0, due - time.monotonic()))
+            began = time.perf_counter()
+            answer = self._client.send("POST", self._path, {"answers": {"comment": "All was well, thank you. " * 10}})
+            times.append((time.perf_counter() - began) * 1000)
+            if answer.status != 202:
+                raise SystemExit(f"expected 202, found {answer.status}")
+            due += 1 / pace
+        return statistics.median(times), statistics.quantiles(times, n=100)[98]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, do in (("load", run_load), ("rate", run_rate), ("day", run_day), ("api", run_api)):
+        command = commands.add_parser(name)
+        command.set_defaults(do=do)
+        command.add_argument("--data", type=Path, required=name != "api")
+        command.add_argument("--responses", type=int, default=1_000_000)
+        command.add_argument("--days", type=int, default=100)
+        command.add_argument("--seconds", type=float, default=500, help="of a load, or of each measurement of the API")
+        command.add_argument(
+            "--limit", type=int, default=100_000, help="documents of each collection for the bare peer"
+        )
+        command.add_argument("--times", type=int, default=3)
+        command.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    arguments.do(arguments)
+
+
+if __name__ == "__main__":
+    main()
