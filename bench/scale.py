@@ -1,8 +1,9 @@
 """Does it stay as fast when there is much? Intake, lists and a job's start, at 10 thousand and a million responses.
 
 A million responses are as real ones are, but bulk-loaded past the API (processed, without an outbox), into the form
-and tenant that are then measured. After that 100 thousand jobs of another tenant wait in the queue `default`, and one
-job of a tenant of its own is enqueued again and again: how soon does it start?
+and tenant that are then measured, each with an ended job. After that 100 thousand jobs of another tenant wait in the
+queue `default`, and one job of a tenant of its own is enqueued again and again: how soon does it start, against the
+same in a database where nothing waits? Last, what reads a whole form: a filter and an erasure by an answer nobody gave.
 
 Everything is asked of a real API process over its socket, one request at a time; the two sizes are two databases of one
 mongod behind two APIs, measured in turns (small, large, small, …), so that a noisy machine hits both.
@@ -33,7 +34,7 @@ from quern.config import LiveSettings
 from quern.embedded.stack import Stack
 from quern.jobs import queue, turns
 from quern.jobs.handler import Context, Handler, Registry
-from quern.jobs.model import Job, NewJob, Queue
+from quern.jobs.model import Job, NewJob, Queue, State
 from quern.jobs.wake import Waker
 from quern.jobs.worker import Worker
 from quern.migrations import migrate
@@ -136,9 +137,29 @@ def load(side: Side, count: int, rng: random.Random) -> None:
                 "results": {"mail": {"message_id": f"<{number}@quern.example>", "sentiment": rng.random()}},
             }
 
-    quick = side.store.client.get_database(side.store.db.name).responses
+    db = side.store.db
     for first in range(0, count, BATCH):
-        quick.insert_many(documents(first, min(count, first + BATCH)), ordered=False)
+        made = list(documents(first, min(count, first + BATCH)))
+        db.responses.insert_many(made, ordered=False)
+        db.jobs.insert_many([ended(response) for response in made], ordered=False)
+
+
+def ended(response: Document) -> Document:
+    """The job of a response's step, as a worker would have left it."""
+    identity = NewJob.derived_id(response["tenant"], response["_id"], "mail")
+    payload = {"step": "mail"}
+    new = NewJob(identity, response["tenant"], Queue.DEFAULT, "email", payload, response["_id"], state=State.DONE)
+    then = response["processed"]
+    return new.document(then) | {"started": then, "attempt": 1, "forget": clock.now() + timedelta(days=30)}
+
+
+def scans(side: Side, rounds: int) -> None:
+    """What reads every response of the form, since answers are not indexed."""
+    base = f"/api/v1/forms/{side.form}"
+    nobody = {"field": "comment", "value": "nobody ever said this"}
+    for _ in range(rounds):
+        side.time("filter by an answer", lambda: side.call("GET", f"{base}/responses?where=comment:nobody"))
+        side.time("erase by an answer", lambda: side.call("POST", f"{base}/erasures", nobody))
 
 
 def measure(side: Side, rounds: int) -> None:
@@ -244,6 +265,8 @@ def main() -> None:
             for _ in range(20):
                 side.call("POST", f"/api/v1/forms/{side.form}/responses", {"answers": ANSWERS})
         starts = {side.name: Starts(side.store) for side in sides}
+        quiet = Starts(store_of({**stack.environment, "QUERN_MONGODB_DATABASE": "scale_quiet"}))
+        migrate(quiet.store.db)
         for _ in range(args.rounds):
             for side in sides:
                 measure(side, args.requests)
@@ -258,7 +281,9 @@ def main() -> None:
         for _ in range(args.rounds):
             for _ in range(args.requests):
                 crowded.append(starts["small"].once(identifier.new("job")))
-                calm.append(starts["large"].once(identifier.new("job")))
+                calm.append(quiet.once(identifier.new("job")))
+        for side in sides:
+            scans(side, 3)
         print(f"\n{args.rounds} rounds of {args.requests}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
         print(f"| ms | {args.small} p50 | {args.large} p50 | ratio | {args.small} p99 | {args.large} p99 | ratio |")
         print("|---" * 7 + "|")

@@ -6,6 +6,7 @@ from quern.forms import form
 from quern.jobs import model
 from quern.openai import batches, files, ledger
 from quern.responses import response
+from quern.search import vectors
 from quern.store.connection import Db
 from quern.tenants import keys
 from quern.webhooks.indexes import INDEXES as WEBHOOKS
@@ -21,6 +22,7 @@ _ALL = (
     ledger.INDEXES,
     files.INDEXES,
     batches.INDEXES,
+    vectors.INDEXES,
 )
 
 

@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from quern import __version__
-from quern.api import audit, forms, jobs, keys, responses, webhooks
+from quern.api import analytics, audit, forms, jobs, keys, responses, search, webhooks
 from quern.api.cors import add_cors
 from quern.api.openapi import describe
 from quern.api.operation import Edge, Operation, observe
@@ -30,7 +30,16 @@ _log = logging.getLogger(__name__)
 #: What a client may call its request; the front door and `quern.events` hold to the same.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
-EDGES: list[Edge] = [forms.edge, responses.edge, jobs.edge, webhooks.edge, keys.edge, audit.edge]
+EDGES: list[Edge] = [
+    forms.edge,
+    responses.edge,
+    jobs.edge,
+    webhooks.edge,
+    keys.edge,
+    search.edge,
+    audit.edge,
+    analytics.edge,
+]
 
 
 def operations() -> list[Operation]:

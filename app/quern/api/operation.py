@@ -33,7 +33,7 @@ from quern.tenants.limit import LimiterAwayError
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that a request may spend on the database before it answers 503.
+#: Seconds that a request may spend on the database, unless its operation says otherwise.
 DATABASE_SECONDS: Final = 5.0
 
 #: Path parameter to the prefix of the identifiers that it takes.
@@ -117,6 +117,8 @@ class Operation:
     unsafe: bool
     description: str
     served_by: Literal["api", "events"] = "api"
+    seconds: float = DATABASE_SECONDS
+    """That a request may spend on the database before it answers 503."""
 
 
 class Edge:
@@ -138,13 +140,30 @@ class Edge:
         body: type[BaseModel] | None = None,
         query: type[BaseModel] | None = None,
         transaction: bool = True,
+        safe: bool = False,
+        seconds: float = DATABASE_SECONDS,
     ) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
-        """Declare a route. `transaction=False`: an unsafe handler that sees to its own durability and idempotency."""
-        unsafe = method in ("POST", "PUT", "PATCH", "DELETE")
+        """Declare a route.
+
+        Args:
+            transaction: False for an unsafe handler that sees to its own durability and idempotency.
+            safe: a question too long for a URL; nothing changes, whatever its method.
+        """
+        unsafe = method in ("POST", "PUT", "PATCH", "DELETE") and not safe
 
         def declare(handler: Callable[..., Reply]) -> Callable[..., Reply]:
             made = Operation(
-                method, path, summary, scope, self.tag, body, query, answers, unsafe, (handler.__doc__ or "").strip()
+                method,
+                path,
+                summary,
+                scope,
+                self.tag,
+                body,
+                query,
+                answers,
+                unsafe,
+                (handler.__doc__ or "").strip(),
+                seconds=seconds,
             )
             self.operations.append(made)
             rule = path.replace("{", "<string:").replace("}", ">")
@@ -169,7 +188,7 @@ def _serve(
 ) -> Response:
     runtime: Runtime = current_app.extensions["quern"]
     g.route = f"{operation.method} {operation.path}"
-    with pymongo.timeout(DATABASE_SECONDS):
+    with pymongo.timeout(operation.seconds):
         call = Call(runtime, _authenticate(runtime, operation), g.request_id)
         g.limits = _limit(runtime, call.principal)
         for name, value in arguments.items():

@@ -32,13 +32,15 @@ edge = Edge("responses")
 
 #: Responses that one request may erase, in one transaction; more are erased by asking again.
 MAX_ERASED: Final = 100
+#: Seconds for what may read every response of a form: answers are not indexed.
+SCAN_SECONDS: Final = 30.0
 #: Seconds that one read of a running export may take.
 EXPORT_READ_SECONDS: Final = 30.0
 #: With which a spreadsheet begins a formula; the wide forms in some languages.
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
-_PATH: Final = rf"{NAME.removesuffix('$')}(\.{NAME[1:-1]}){{0,{MAX_DEPTH - 1}}}$"
+ANSWER_PATH: Final = rf"{NAME.removesuffix('$')}(\.{NAME[1:-1]}){{0,{MAX_DEPTH - 1}}}$"
 _EMAIL: Final[TypeAdapter[str]] = TypeAdapter(EmailStr)
 
 
@@ -116,7 +118,7 @@ class ErasureIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    field: Annotated[str, StringConstraints(pattern=_PATH)] = Field(
+    field: Annotated[str, StringConstraints(pattern=ANSWER_PATH)] = Field(
         description="its name; `group.field` for one in a group"
     )
     value: Annotated[str, StringConstraints(min_length=1, max_length=500)]
@@ -270,6 +272,7 @@ def _earlier(call: Call, form: str, body: ResponseIn) -> Reply | Problem | None:
     summary="List responses",
     query=ResponseQuery,
     answers={200: ResponsePage},
+    seconds=SCAN_SECONDS,
 )
 def list_responses(call: Call, form: str) -> Reply:
     """Newest first. Vectors of `embed` steps are left out; read one response to see them."""
@@ -325,14 +328,14 @@ def _typed(kind: str, value: str) -> str | float | bool:
         if kind == "consent":
             return {"true": True, "false": False}[value]
         if kind == "email":
-            return _as_kept(value)
+            return as_kept(value)
     except (ValueError, KeyError):
         detail = f"expected a value that fits a {kind} field"
         raise Problem(422, detail, kind="validation", errors=[Fault(pointer="?where", detail=detail)]) from None
     return value
 
 
-def _as_kept(text: str) -> str:
+def as_kept(text: str) -> str:
     """An email address as an email field keeps it (its domain in lower case); other text as it is."""
     try:
         return _EMAIL.validate_python(text)
@@ -470,13 +473,14 @@ def erase_response(call: Call, response: str) -> Reply:
     summary="Erase a person's responses",
     body=ErasureIn,
     answers={200: Erasure},
+    seconds=SCAN_SECONDS,
 )
 def erase_by_answer(call: Call, form: str) -> Reply:
     """Erases every response to the form whose field has the value, for example one e-mail address."""
     body: ErasureIn = call.body
     if forms.get(call.db, call.tenant, form) is None:
         raise not_found("form")
-    where = store.Filter(form=form, answers={body.field: _as_kept(body.value)})
+    where = store.Filter(form=form, answers={body.field: as_kept(body.value)})
     found = store.matching(call.db, call.tenant, where, MAX_ERASED + 1)
     erased = found[:MAX_ERASED]
     for response in erased:

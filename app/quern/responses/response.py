@@ -10,6 +10,7 @@ from pymongo.client_session import ClientSession
 from quern.audit.entry import entry
 from quern.jobs import queue
 from quern.jobs.model import ENDED, NewJob, Queue, State
+from quern.search import vectors
 from quern.store import clock
 from quern.store.connection import Db, Document
 
@@ -146,6 +147,7 @@ def erase(
     db.webhook_deliveries.update_many(
         {"response": response, "tenant": tenant}, {"$set": {"excerpt": ""}}, session=session
     )
+    vectors.forget(db, response, session)
     record = entry(tenant, actor, "response.erased", response, request_id=request_id, at=now)
     db.audit.insert_one(record, session=session)
     return True

@@ -5,7 +5,7 @@ from typing import Any
 
 from quern.forms.fields import FormDefinition, LongTextField, TextField
 from quern.inference import client as engine
-from quern.inference.protocol import GenerateRequest, Label, Message
+from quern.inference.protocol import EmbedRequest, GenerateRequest, Label, Message
 from quern.jobs.handler import Context, Refused, RetryLater
 from quern.jobs.model import Job
 from quern.store import clock
@@ -90,7 +90,9 @@ def _ask(step: Step, reading: Reading, job: Job, context: Context, client: engin
             labels = [Label(name=name, examples=examples) for name, examples in prompt.SENTIMENTS.items()]
             return _nearest(labels, reading, job, client)
         case EmbedStep():
-            return {"vector": client.embed(job.tenant, [reading.text], deadline=_time_left(job))[0]}
+            asked = EmbedRequest(tenant=job.tenant, texts=[reading.text], deadline=_time_left(job))
+            made = client.embeddings(asked, context.stop.is_set)
+            return {"vector": made.vectors[0], "model": made.model}
     raise Refused(f"no rule for a {step.type} step")
 
 

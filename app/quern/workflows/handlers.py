@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 from pymongo import ReturnDocument
 from pymongo.client_session import ClientSession
@@ -17,6 +18,7 @@ from quern.jobs.model import Job, State
 from quern.mail.compose import MessageDraft, MessageRefusedError, compose
 from quern.mail.send import PermanentMailError, TransientMailError, send
 from quern.observe import traces
+from quern.search import vectors
 from quern.store import clock
 from quern.store.connection import Db, Document
 from quern.store.vault import Vault
@@ -166,6 +168,9 @@ class Steps:
         )
         if response is None:
             return Followup()
+        if result is not None and "vector" in result and state is State.DONE:
+            made = vectors.Embedded(np.array(result["vector"], np.float32), result["model"])
+            vectors.keep(db, response, name, made, session)
         version = self._versions.get(db, job.tenant, response["form"], response["version"])
         if version is None:
             return Followup()

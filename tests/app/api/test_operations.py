@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quern.api.app import operations
 from quern.api.operation import Operation
+from quern.jobs import queue
+from quern.search import vectors
 from quern.store import clock
 from quern.tenants.keys import PUBLISHABLE, SCOPES
 from tests.app.api.client import Answer, Client, House, Json, until
@@ -73,6 +76,15 @@ class World:
     def fresh_response(self) -> str:
         return self.client.submit(self.form, ANSWERS)
 
+    def embedded_response(self) -> str:
+        """A response that an `embed` step has read."""
+        store = self.house.stack.runtime.store
+        document = store.db.responses.find_one({"_id": self.response})
+        assert document is not None
+        made = vectors.Embedded(np.ones(1, np.float32), "test")
+        queue.transact(store, lambda session: vectors.keep(store.db, document, "read", made, session))
+        return self.response
+
     def fresh_endpoint(self) -> str:
         url = f"{self.house.stack.receiver.url}/isolation/{self.tenant}"
         return str(self.client.call("POST", "/webhooks", {"url": url}, status=201)["id"])
@@ -122,6 +134,7 @@ PROBES: dict[str, Probe] = {
     ),
     "GET /responses/{response}": Probe(lambda w: f"/responses/{w.response}"),
     "DELETE /responses/{response}": Probe(lambda w: f"/responses/{w.fresh_response()}", status=204),
+    "POST /search": Probe(lambda _: "/search", lambda w: {"like": w.embedded_response()}),
     "GET /jobs": Probe(lambda _: "/jobs", nothing=_empty),
     "GET /jobs/{job}": Probe(lambda w: f"/jobs/{w.job}"),
     "GET /jobs/{job}/events": Probe(lambda w: f"/jobs/{w.job}/events"),

@@ -98,3 +98,17 @@ def test_the_engine_shows_its_counters(stack: Stack, response: dict[str, Any]) -
     counted = [line for line in shown.splitlines() if line.startswith("quern_engine_results_total ")]
     assert counted
     assert float(counted[0].split()[1]) >= len(response["jobs"]) - 2
+
+
+def test_what_was_embedded_is_found_by_its_meaning(stack: Stack, response: dict[str, Any]) -> None:
+    db = stack.runtime.store.db
+    owner = db.responses.find_one({"_id": response["id"]})
+    assert owner is not None
+    client = Client(stack.url, keys.create(db, owner["tenant"], "search")[1])
+    question = {"text": "a late delivery in a damaged package", "include_answers": True}
+    [hit] = client.call("POST", "/api/v1/search", question)["items"]
+    assert (hit["response"], hit["step"]) == (response["id"], "vector")
+    assert hit["answers"] == {"comment": COMMENT}
+    assert hit["score"] > 0.3
+    [like] = client.call("POST", "/api/v1/search", {"text": "how to bake bread"})["items"]
+    assert like["score"] < hit["score"]
