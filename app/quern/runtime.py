@@ -10,6 +10,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from quern.analytics import handler as analytics
+from quern.analytics.client import AnalyticsClient
 from quern.audit import chain
 from quern.config import LiveSettings, Settings
 from quern.forms.form import OpenForms, Versions
@@ -97,6 +98,10 @@ class Runtime:
     @cached_property
     def _redis(self) -> Redis:
         return connect(self.store.redis_queue_url, timeout=1.0)
+
+    @cached_property
+    def questions(self) -> AnalyticsClient:
+        return AnalyticsClient(self.settings.analytics.service)
 
     @cached_property
     def open_forms(self) -> OpenForms:

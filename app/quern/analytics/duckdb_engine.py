@@ -56,7 +56,7 @@ class DuckDbDialect(Dialect):
         return f"CASE WHEN {x} = floor({x}) THEN CAST(CAST({x} AS BIGINT) AS VARCHAR) ELSE CAST({x} AS VARCHAR) END"
 
     def terms(self, x: str) -> str:
-        return f"unnest(regexp_extract_all(lower({x}), '[\\p{{L}}\\p{{N}}]+'))"
+        return f"unnest(regexp_extract_all(replace(lower({x}), 'ς', 'σ'), '[\\p{{L}}\\p{{N}}]+'))"
 
     def characters(self, x: str) -> str:
         return f"length({x})"

@@ -69,7 +69,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def terms(self, x: str) -> str:
-        """One row for each run of letters and digits in a text, in lower case (each character for itself)."""
+        """One row for each run of letters and digits in a text, in lower case: each character for itself, ς as σ."""
 
     @abstractmethod
     def characters(self, x: str) -> str:

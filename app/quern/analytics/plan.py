@@ -222,7 +222,8 @@ class _Plan:
             counted = self._aggregate(passed, ["count"])
             parts.append(
                 f"SELECT {''.join(f'{name}, ' for name in names)}{position} AS c{keys}, "
-                f"{self.bind(stage.name)} AS c{keys + 1}, c{keys} AS c{keys + 2} FROM ({counted}) stage_{position}"
+                f"{self.bind(stage.name)} AS c{keys + 1}, stage_{position}.c{keys} AS c{keys + 2} "
+                f"FROM ({counted}) stage_{position}"
             )
         union = " UNION ALL ".join(parts)
         partition = f"PARTITION BY {', '.join(names)} " if names else ""

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from quern.analytics.service_settings import ServiceSettings
+
 
 class AnalyticsSettings(BaseModel):
     """Where the warehouse is, when it is filled, and within which limits."""
@@ -37,6 +39,7 @@ class AnalyticsSettings(BaseModel):
     follow_seconds: float = Field(30, ge=0.1, le=3600, description="pause between two runs of `quern etl run --follow`")
     memory: str = Field("512MB", pattern=r"^[0-9]+(MB|GB)$", description="of DuckDB in the ETL", examples=["512MB"])
     threads: int = Field(1, ge=1, le=64, description="of DuckDB in the ETL")
+    service: ServiceSettings = ServiceSettings()
     nice: int = Field(10, ge=0, le=19, description="the ETL gives way to everything else on the machine")
 
     @model_validator(mode="after")

@@ -92,7 +92,7 @@ def _answer(model: type[BaseModel] | str | None, references: dict[Any, Any]) -> 
     if model is None:
         return {"description": "Done"}
     if isinstance(model, str):
-        names = ["application/jsonl", "text/csv"] if model == "application/jsonl" else [model]
+        names = ["application/jsonl", "text/csv"] if model == "application/jsonl" else model.split(", ")
         return {"description": "A stream", "content": {name: {"schema": {"type": "string"}} for name in names}}
     schema = references[(model, "serialization")]
     return {

@@ -7,7 +7,7 @@ from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
 from quern import __version__
-from quern.cli import doctor, etl, jobs, models, operate, services, tenants
+from quern.cli import analytics, doctor, etl, jobs, models, operate, services, tenants
 from quern.config import SettingsError
 from quern.store.connection import is_away
 
@@ -61,6 +61,9 @@ for command in (
     doctor.doctor,
     operate.migrate_command,
     operate.secret_key,
+    analytics.analytics,
+    analytics.sql,
+    analytics.report,
     etl.etl_group,
 ):
     main.add_command(command)

@@ -47,6 +47,7 @@ class Stack:
         self.certificate = certificate
         self.mongod = Mongod(self.directory / "mongod")
         self.redis = RedisServer(self.directory / "redis", role="queue")
+        self.cache = RedisServer(self.directory / "cache", role="cache")
         self.processes: dict[str, ChildProcess] = {}
 
     @cached_property
@@ -56,6 +57,9 @@ class Stack:
         own = {
             "QUERN_MONGODB_URI": self.mongod.uri,
             "QUERN_REDIS_QUEUE_URL": self.redis.url,
+            "QUERN_REDIS_CACHE_URL": self.cache.url,
+            "QUERN_ANALYTICS__WAREHOUSE": str(self.directory / "warehouse"),
+            "QUERN_ANALYTICS__SERVICE__SOCKET": str(self._socket("analytics")),
             "QUERN_SECRET_KEYS": Fernet.generate_key().decode(),
             "QUERN_AUDIT_KEY": Fernet.generate_key().decode(),
             "QUERN_API_BIND": f"unix:{self._socket('api')}",
@@ -81,7 +85,7 @@ class Stack:
         """Start everything and wait until it serves. Raises ServiceError with the log of what does not."""
         self.smtp.start()
         self.receiver.start()
-        for name, service in (("mongod", self.mongod), ("redis", self.redis)):
+        for name, service in (("mongod", self.mongod), ("redis", self.redis), ("cache", self.cache)):
             self.announce(f"starting {name}")
             service.start()
             self.processes[name] = service
@@ -102,6 +106,7 @@ class Stack:
         self._spawn("events", ["events"], lambda: self._serves("events"))
         self._spawn("relay", ["relay"], lambda: True)
         self._spawn("scheduler", ["scheduler"], lambda: True)
+        self._spawn("analytics", ["analytics"], self._socket("analytics").exists)
         if self.with_engine:
             self._spawn("engine", ["engine", "--socket", str(self._socket("engine"))], self._engine_ready)
         for queue in self.queues:
@@ -162,9 +167,9 @@ class Stack:
         if front is not None:
             front.stop()
         for name in reversed(list(self.processes)):
-            if name not in ("mongod", "redis"):
+            if name not in ("mongod", "redis", "cache"):
                 self.processes[name].stop()
-        for service in (self.redis, self.mongod):
+        for service in (self.cache, self.redis, self.mongod):
             service.stop()
         self.receiver.stop()
         self.smtp.stop()

@@ -39,6 +39,8 @@ SCOPES: Final[dict[str, str]] = {
     "keys:read": "list API keys",
     "keys:write": "create and revoke API keys",
     "audit:read": "read the audit log",
+    "analytics:read": "ask for statistics over all responses",
+    "analytics:sql": "run SQL over all rows of the warehouse, answers among them",
 }
 #: A publishable key stands in a web page for all to read, so it can only submit.
 PUBLISHABLE: Final = frozenset({"responses:submit"})

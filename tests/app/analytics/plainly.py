@@ -351,8 +351,8 @@ def _statistic(name: str, values: list[float], whole: int) -> Any:
 
 
 def _terms(text: str) -> list[str]:
-    plain = "".join(character.lower()[0] if unicodedata.category(character)[0] in "LN" else " " for character in text)
-    return plain.split()
+    plain = "".join(part.lower()[0] if unicodedata.category(part)[0] in "LN" else " " for part in text)
+    return plain.replace("ς", "σ").split()
 
 
 def _cosine(one: list[float], other: list[float]) -> float:

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import strategies as st
 
 from quern.analytics.answer import Warehouse
+from quern.analytics.clickhouse_engine import ClickHouseEngine
 from quern.analytics.duckdb_engine import DuckDbEngine
+from quern.analytics.engine import Engine
 from quern.analytics.question import Measure, Question
 from tests.app.analytics import plainly
+from tests.app.analytics.chdb_transport import Chdb
 from tests.app.analytics.questions import questions
 from tests.app.analytics.world import TENANTS, World, publish, world
 
@@ -42,39 +45,54 @@ def same(found: pa.Table, expected: list[list[Any]], question: Question) -> None
 
 @dataclass
 class Published:
-    """A random house with its warehouse, and DuckDB on it."""
+    """A random house with its warehouse, and the engines on it by name."""
 
     world: World
-    warehouse: Warehouse
+    warehouses: dict[str, Warehouse]
 
 
 @pytest.fixture(scope="module")
 def houses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Published]]:
     """The house of a seed, made once."""
-    engines = []
+    engines: list[Engine] = []
 
     @lru_cache
     def made(seed: int) -> Published:
         asked, root = world(seed), tmp_path_factory.mktemp(f"world-{seed}")
         publish(asked, root)
-        engine = DuckDbEngine(root, threads=1, memory_megabytes=500)
-        engines.append(engine)
-        return Published(asked, Warehouse(root, engine, seconds=60))
+        by_name: dict[str, Engine] = {
+            "duckdb": DuckDbEngine(root, threads=1, memory_megabytes=500),
+            "clickhouse": ClickHouseEngine(Chdb(), root, str(root)),
+        }
+        engines.extend(by_name.values())
+        return Published(asked, {name: Warehouse(root, engine, seconds=60) for name, engine in by_name.items()})
 
     yield made
     for engine in engines:
         engine.close()
 
 
-@hypothesis.given(data=st.data(), seed=st.integers(0, 5))
-@hypothesis.settings(max_examples=150, suppress_health_check=list(hypothesis.HealthCheck))
-def test_every_question_equals_plain_python_over_the_documents(
-    houses: Callable[[int], Published], data: st.DataObject, seed: int
-) -> None:
-    house = houses(seed)
+Houses = Callable[[int], Published]
+_every = hypothesis.settings(suppress_health_check=list(hypothesis.HealthCheck))
+
+
+def _ask(house: Published, engine: str, data: st.DataObject) -> None:
     tenant = data.draw(st.sampled_from([*TENANTS, None]))
     question = data.draw(questions(house.world, tenant))
-    same(house.warehouse.answer(question, tenant).table, plainly.answer(question, house.world, tenant), question)
+    found = house.warehouses[engine].answer(question, tenant).table
+    same(found, plainly.answer(question, house.world, tenant), question)
+
+
+@hypothesis.given(data=st.data(), seed=st.integers(0, 5))
+@hypothesis.settings(_every, max_examples=150)
+def test_every_question_equals_plain_python_over_the_documents(houses: Houses, data: st.DataObject, seed: int) -> None:
+    _ask(houses(seed), "duckdb", data)
+
+
+@hypothesis.given(data=st.data(), seed=st.integers(0, 5))
+@hypothesis.settings(_every, max_examples=40)
+def test_clickhouse_gives_the_same_answers(houses: Houses, data: st.DataObject, seed: int) -> None:
+    _ask(houses(seed), "clickhouse", data)
 
 
 @pytest.mark.parametrize("measure", sorted(Measure))
@@ -88,7 +106,8 @@ def test_every_measure_has_an_answer_that_is_not_empty(houses: Callable[[int], P
     if measure is Measure.SIMILAR:
         asked["of"] = next(item["_id"] for item in house.world.responses if "vector" in item.get("results", {}))
     question = Question.model_validate(asked)
-    found = house.warehouse.answer(question, None).table
-    assert found.num_rows > 0
-    assert found.column_names == question.columns
-    same(found, plainly.answer(question, house.world, None), question)
+    for warehouse in house.warehouses.values():
+        found = warehouse.answer(question, None).table
+        assert found.num_rows > 0
+        assert found.column_names == question.columns
+        same(found, plainly.answer(question, house.world, None), question)

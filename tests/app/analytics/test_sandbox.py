@@ -58,7 +58,8 @@ def test_the_operator_sees_all_tenants(house: World, warehouse: Manifest) -> Non
 
 def test_values_that_json_lacks_come_as_text(warehouse: Manifest) -> None:
     found = sandbox.run(
-        "SELECT DATE '2024-02-29' AS day, 1.50::DECIMAL(4, 2) AS part, [1, 2] AS list, 'x' AS text, 1.0::DOUBLE AS one, "
+        "SELECT DATE '2024-02-29' AS day, 1.50::DECIMAL(4, 2) AS part, [1, 2] AS list, 'x' AS text, "
+        "1.0::DOUBLE AS one, "
         "170141183460469231731687303715884105727::HUGEINT AS huge",
         warehouse,
         [MINE],

@@ -1,0 +1,151 @@
+"""The service's work without HTTP: ask, page, keep, and answer beforehand what will be asked."""
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+from quern.analytics.answer import Answer, Warehouse, columns, freshness, stamp
+from quern.analytics.engine import EngineError
+from quern.analytics.kept import Kept
+from quern.analytics.manifest import Manifest, NoWarehouseError
+from quern.analytics.plan import AskError
+from quern.analytics.question import AnswerPage, Measure, Question
+from quern.store import cursor as cursors
+
+_log = logging.getLogger(__name__)
+
+#: What a tenant's overview shows: computed for every tenant whose part of the warehouse a publication changed.
+STANDARD: Final = [
+    Question(measure=Measure.RESPONSES, grain="day"),
+    Question(measure=Measure.RESPONSES, grain="month", dimensions=["form"]),
+    Question(measure=Measure.RESPONSES, dimensions=["status"]),
+    Question(measure=Measure.RESPONSE_TIME, grain="month"),
+    Question(measure=Measure.RESPONSE_LENGTH, dimensions=["user"]),
+    Question(measure=Measure.COMPLETION, dimensions=["form"]),
+    Question(measure=Measure.RATING, grain="month"),
+    Question(measure=Measure.RESPONSES, grain="month", dimensions=["sentiment"]),
+    Question(measure=Measure.RESPONSES, grain="month", dimensions=["label"]),
+    Question(measure=Measure.JOB_RUN, dimensions=["queue"], statistics=["count", "sum", "p95"]),
+    Question(measure=Measure.FUNNEL),
+]
+
+
+class GoneError(Exception):
+    """The answer that a cursor goes on with is not kept any more; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer, whether it was kept, and the stamp of what was read for it."""
+
+    answer: Answer
+    cached: bool
+    stamp: str
+
+
+class Desk:
+    """Answers questions from what is kept, else from the warehouse. Safe to share between threads."""
+
+    def __init__(self, warehouse: Warehouse, kept: Kept) -> None:
+        self.warehouse, self.kept = warehouse, kept
+        self._stamps: tuple[int, dict[str | None, str]] = (-1, {})
+
+    def stamp(self, manifest: Manifest, tenant: str | None) -> str:
+        """The stamp of a tenant's part of a manifest; kept, since it reads every path."""
+        generation, known = self._stamps
+        if generation != manifest.generation:
+            known = {}
+            self._stamps = (manifest.generation, known)
+        if tenant not in known:
+            # A tenant's answer is another question's when it is the operator who asks.
+            known[tenant] = f"{tenant or '-'}:{stamp(manifest, tenant)}"
+        return known[tenant]
+
+    def ask(self, question: Question, tenant: str | None) -> Found:
+        """The whole answer, newest warehouse. Raises as `Warehouse.answer`."""
+        manifest = self.warehouse.current()
+        mark = self.stamp(manifest, tenant)
+        found = self.kept.get(mark, question)
+        if found is not None:
+            # The files are the same as then, so the answer is as new as the manifest.
+            return Found(Answer(found.table, freshness(manifest)), True, mark)
+        made = self.warehouse.answer(question, tenant)
+        self.kept.put(mark, question, made)
+        return Found(made, False, mark)
+
+    def page(self, question: Question, tenant: str | None, limit: int, cursor: str | None) -> AnswerPage:
+        """One page of an answer.
+
+        Raises:
+            GoneError: the cursor's answer is not kept any more.
+            BadCursorError: the cursor is of another question.
+            and as `Warehouse.answer`.
+        """
+        offset = 0
+        if cursor is None:
+            found = self.ask(question, tenant)
+            self.kept.remember(tenant, question)
+        else:
+            mark, fingerprint, place = cursors.decode(cursor, 3)
+            if fingerprint != question.fingerprint or not place.isdigit() or not mark.startswith(f"{tenant or '-'}:"):
+                raise cursors.BadCursorError("not a cursor of this question")
+            offset = int(place)
+            found = self._again(question, tenant, mark)
+        rows = found.answer.table.slice(offset, limit)
+        beyond = offset + limit < found.answer.table.num_rows
+        after = cursors.encode(found.stamp, question.fingerprint, str(offset + limit)) if beyond else None
+        return AnswerPage(
+            columns=columns(question, found.answer.table.schema),
+            rows=plain_rows(rows),
+            total_rows=found.answer.table.num_rows,
+            freshness=found.answer.freshness,
+            cached=found.cached,
+            next_cursor=after,
+        )
+
+    def _again(self, question: Question, tenant: str | None, mark: str) -> Found:
+        if mark == self.stamp(self.warehouse.current(), tenant):
+            return self.ask(question, tenant)
+        kept = self.kept.get(mark, question)
+        if kept is None:
+            raise GoneError("the warehouse was published anew since the first page; ask again without a cursor")
+        return Found(kept, True, mark)
+
+    def answer_beforehand(self, stop: threading.Event) -> int:
+        """Answer each tenant's standard questions and those asked lately; returns how many were not kept yet."""
+        made = 0
+        try:
+            manifest = self.warehouse.current()
+        except NoWarehouseError:
+            return 0
+        for tenant in [*manifest.tenants, None]:
+            for question in [*STANDARD, *self.kept.remembered(tenant)]:
+                if stop.is_set():
+                    return made
+                try:
+                    made += not self.ask(question, tenant).cached
+                except (AskError, EngineError, ValueError) as error:
+                    # A field that is gone, a question that takes too long: whoever asks it is told.
+                    _log.debug("not answered beforehand: %s", error)
+        return made
+
+    def follow(self, stop: threading.Event, pause: float = 1.0) -> None:
+        """Answer beforehand after each publication, until `stop`."""
+        seen = None
+        while not stop.wait(pause):
+            try:
+                generation = self.warehouse.current().generation
+                if generation != seen:
+                    count = self.answer_beforehand(stop)
+                    _log.info("%d questions answered beforehand", count, extra={"generation": generation})
+                    seen = generation
+            except NoWarehouseError:
+                continue
+            except Exception:
+                _log.exception("questions could not be answered beforehand")
+
+
+def plain_rows(table: Any) -> list[list[Any]]:
+    """A table's rows for JSON: dates and moments become text there."""
+    return [list(row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]

@@ -1,0 +1,108 @@
+"""Answers that are kept: in Redis `cache`, keyed by the tenant's part of the warehouse and by the question.
+
+A key names the files that were read, so nothing is ever stale: a publication that changes a tenant's files gives its
+questions new keys. Redis may forget any of it, or be away: then the answer is computed.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from typing import Final
+
+import orjson
+import pyarrow as pa
+from redis import Redis
+from redis.exceptions import RedisError
+
+from quern.analytics.answer import Answer
+from quern.analytics.question import Freshness, Question
+
+_log = logging.getLogger(__name__)
+
+_PREFIX: Final = "quern:analytics:2"
+_FRESHNESS: Final = b"freshness"
+#: Of the answers that are held in memory besides: the ones asked last.
+_NEAR: Final = 256
+_NEAR_BYTES: Final = 1 << 20
+#: Questions of a tenant that are remembered, to be answered anew after a publication.
+_REMEMBERED: Final = 30
+_REMEMBERED_SECONDS: Final = 7 * 86_400
+
+
+class Kept:
+    """The store of answers; safe to share between threads."""
+
+    def __init__(self, redis: "Redis | None", seconds: int) -> None:
+        self._redis, self._seconds = redis, seconds
+        self._near: OrderedDict[str, Answer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, stamp: str, question: Question) -> Answer | None:
+        """The answer to a question as of a stamp (`answer.stamp`), if it is still known."""
+        key = f"{_PREFIX}:{stamp}:{question.fingerprint}"
+        with self._lock:
+            if (near := self._near.get(key)) is not None:
+                self._near.move_to_end(key)
+                return near
+        if self._redis is None:
+            return None
+        try:
+            raw = self._redis.get(key)
+        except RedisError:
+            _log.warning("Redis `cache` does not answer; answers are computed", exc_info=True)
+            return None
+        if not isinstance(raw, bytes):
+            return None
+        table = pa.ipc.open_stream(raw).read_all()
+        made = Answer(table, Freshness.model_validate_json(table.schema.metadata[_FRESHNESS]))
+        self._hold(key, made)
+        return made
+
+    def put(self, stamp: str, question: Question, answer: Answer) -> None:
+        """Keep an answer."""
+        key = f"{_PREFIX}:{stamp}:{question.fingerprint}"
+        self._hold(key, answer)
+        if self._redis is None:
+            return
+        marked = answer.table.replace_schema_metadata({_FRESHNESS: answer.freshness.model_dump_json()})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, marked.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(marked)
+        try:
+            self._redis.set(key, sink.getvalue().to_pybytes(), ex=self._seconds)
+        except RedisError:
+            _log.warning("Redis `cache` does not answer; an answer is not kept", exc_info=True)
+
+    def _hold(self, key: str, answer: Answer) -> None:
+        if answer.table.nbytes > _NEAR_BYTES:
+            return
+        with self._lock:
+            self._near[key] = answer
+            self._near.move_to_end(key)
+            while len(self._near) > _NEAR:
+                self._near.popitem(last=False)
+
+    def remember(self, tenant: str | None, question: Question) -> None:
+        """Note that a question was asked, so that it is answered beforehand after the next publication."""
+        if self._redis is None:
+            return
+        key = f"{_PREFIX}:asked:{tenant or '-'}"
+        try:
+            with self._redis.pipeline(transaction=False) as pipe:
+                pipe.zadd(key, {question.model_dump_json(by_alias=True): time.time()})
+                pipe.zremrangebyrank(key, 0, -_REMEMBERED - 1)
+                pipe.expire(key, _REMEMBERED_SECONDS)
+                pipe.execute()
+        except RedisError:
+            _log.debug("a question is not remembered", exc_info=True)
+
+    def remembered(self, tenant: str | None) -> list[Question]:
+        """The questions that a tenant asked last, newest first."""
+        if self._redis is None:
+            return []
+        try:
+            found = self._redis.zrange(f"{_PREFIX}:asked:{tenant or '-'}", 0, -1, desc=True)
+        except RedisError:
+            return []
+        return [Question.model_validate(orjson.loads(raw)) for raw in found if isinstance(raw, bytes)]
