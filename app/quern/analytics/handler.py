@@ -5,7 +5,6 @@ nothing that it does can stop the worker's heartbeat.
 """
 
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -82,8 +81,8 @@ def _child(command: str, context: Context) -> dict[str, Any]:
     Raises:
         RetryLater: it was busy, was stopped, or failed. Refused: its configuration is not usable.
     """
-    nice = context.store.settings.analytics.nice
-    arguments = [sys.executable, "-m", "quern.cli.main", "etl", command, "--json"]
+    nice = ["nice", "-n", str(context.store.settings.analytics.nice)]
+    arguments = [*nice, sys.executable, "-m", "quern.cli.main", "etl", command, "--json"]
     with subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
@@ -91,7 +90,6 @@ def _child(command: str, context: Context) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as child:
-        os.setpriority(os.PRIO_PROCESS, child.pid, nice)
         while True:
             try:
                 out, error = child.communicate(timeout=_POLL)

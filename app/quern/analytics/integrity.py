@@ -44,6 +44,8 @@ class Verification:
     findings: list[Finding] = field(default_factory=list)
     missing_files: list[str] = field(default_factory=list)
     """Files that the manifest names and that are not there, or not what was written."""
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    """What was compared, a row for each tenant's day: `responses_mongodb`, `responses_warehouse` and so on."""
 
     @property
     def holds(self) -> bool:
@@ -116,10 +118,16 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
     found.days += 1
     found.responses += stored.responses
     found.audit += stored.audit
+    found.figures.append({"tenant": tenant, "day": day.isoformat(), **_figures(stored, there)})
     problems = stored.differences(there) + sample.compare(files["fact_answer"])
     if problems:
         problems += _named(db, tenant, day, files["fact_response"], files["fact_audit"])
     return problems
+
+
+def _figures(stored: Tally, there: Tally) -> dict[str, Any]:
+    sides = (("mongodb", stored.flat()), ("warehouse", there.flat()))
+    return {f"{name}_{side}": value for side, values in sides for name, value in values.items()}
 
 
 def _rows_of(paths: Iterable[Path], columns: list[str], day: date) -> Iterable[pa.RecordBatch]:

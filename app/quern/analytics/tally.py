@@ -95,6 +95,20 @@ class Tally:
                 result = {name: value for name, value in result.items() if name != "vector"}
             self.results.add(result)
 
+    def flat(self) -> dict[str, int | float | str]:
+        """Every figure by name. Hashes as text: a reader of JSON may have no 64-bit integers. Sums to nine digits."""
+        found: dict[str, int | float | str] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Leaves):
+                found |= {
+                    f"{item.name}_{name}": getattr(value, name) for name in ("rows", "characters", "true", "texts")
+                }
+                found[f"{item.name}_numbers"] = float(f"{value.numbers:.9g}")
+            else:
+                found[item.name] = str(value) if item.name.endswith("hash") else value
+        return found
+
     def differences(self, warehouse: "Tally") -> list[str]:
         """What differs, each in one line; empty when the two are equal."""
         found = []

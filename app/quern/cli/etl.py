@@ -9,9 +9,11 @@ from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+import orjson
+from pymongo.errors import PyMongoError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -19,6 +21,7 @@ from rich.progress import Progress as Bar
 from quern.analytics.handler import BUSY, MISMATCH
 from quern.cli.output import emit, emit_json, fail, json_option
 from quern.cli.runtime import open_runtime
+from quern.store.connection import is_away
 
 # The warehouse's libraries are large: only a command that needs them loads them, not every process.
 if TYPE_CHECKING:
@@ -166,30 +169,45 @@ def run(since: date | None, until: date | None, tenant_id: str | None, follow: b
 
     Exit status 3: what was built differs from MongoDB, nothing was published. 75: another run is at it.
     """
-    from quern.analytics.etl import BusyError, MismatchError, Range
+    from quern.analytics.etl import Range
 
     asked = Range(since, until, tenant_id) if since or until or tenant_id else None
     if not follow:
         _once(asked, False, as_json)
         return
-    seconds = open_runtime().settings.analytics.follow_seconds
     with _explained(), _stoppable() as pause:
         etl = _make(pause, lambda done, total, text: None)
-        while True:
-            try:
-                report = etl.run(asked)
-            except BusyError:
-                pass
-            except MismatchError as error:
-                _say(error.report, as_json)
-            else:
-                asked = None
-                if report.outcome != "unchanged":
-                    _say(report, as_json)
-            limit = time.monotonic() + seconds
-            while time.monotonic() < limit:
-                pause()
-                time.sleep(min(0.2, seconds))
+        try:
+            _follow(etl, asked, pause, as_json)
+        except _StoppedError:
+            # That is how it ends.
+            return
+
+
+def _follow(etl: "Etl", asked: "Range | None", pause: Callable[[], None], as_json: bool) -> None:
+    """Run after run, until `pause` raises. What a run could not do the next one does."""
+    from quern.analytics.etl import BusyError, MismatchError
+
+    seconds = open_runtime().settings.analytics.follow_seconds
+    while True:
+        try:
+            report = etl.run(asked)
+        except BusyError:
+            pass
+        except MismatchError as error:
+            _say(error.report, as_json)
+        except PyMongoError as error:
+            if not is_away(error):
+                raise
+            click.echo(f"MongoDB is away ({type(error).__name__}); trying again", err=True)
+        else:
+            asked = None
+            if report.outcome != "unchanged":
+                _say(report, as_json)
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            pause()
+            time.sleep(min(0.2, seconds))
 
 
 @etl_group.command("rebuild")
@@ -259,8 +277,11 @@ def status(as_json: bool) -> None:
 @click.option("--since", type=_Day(), help="Only the days from this one on (UTC).")
 @click.option("--until", type=_Day(), help="Only the days before this one.")
 @click.option("--tenant", "tenant_id", help="Only this tenant's.")
+@click.option("--figures", type=click.File("w"), help="Write what was compared, as JSON, into this file.")
 @json_option
-def verify(since: date | None, until: date | None, tenant_id: str | None, as_json: bool) -> None:
+def verify(
+    since: date | None, until: date | None, tenant_id: str | None, figures: TextIO | None, as_json: bool
+) -> None:
     """Compare the published warehouse with MongoDB: counts, hashes, sums, and some responses field by field.
 
     Exit status 3: they differ; the rows are named.
@@ -278,8 +299,11 @@ def verify(since: date | None, until: date | None, tenant_id: str | None, as_jso
             tenant=tenant_id,
             progress=lambda done, total: show(done, total, "days"),
         )
+    if figures is not None:
+        figures.write(orjson.dumps({"days": found.figures, "missing_files": found.missing_files}).decode())
+    facts = {name: value for name, value in asdict(found).items() if name != "figures"}
     if as_json:
-        emit_json({"holds": found.holds, **asdict(found)})
+        emit_json({"holds": found.holds, **facts})
     else:
         click.echo(
             f"{found.days} days with {found.responses} responses and {found.audit} audit entries compared, "

@@ -1,7 +1,10 @@
 """The nightly run is a periodic job of the `low` queue; `quern etl` is the same by hand."""
 
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
+from functools import partial
 
 import orjson
 import pytest
@@ -10,7 +13,7 @@ from prometheus_client.registry import REGISTRY
 
 from quern.analytics import handler
 from quern.analytics.follow import head
-from quern.analytics.manifest import NAME
+from quern.analytics.manifest import NAME, NoWarehouseError
 from quern.cli.main import main
 from quern.cli.runtime import open_runtime
 from quern.config import LiveSettings, Settings
@@ -18,8 +21,10 @@ from quern.jobs import schedule
 from quern.jobs.handler import Context, RetryLater
 from quern.jobs.model import Job
 from quern.runtime import Runtime
+from quern.store import clock
 from quern.store.connection import Store
 from tests.app.analytics.desk import Desk, moment
+from tests.app.api.client import until
 
 
 @pytest.fixture
@@ -118,3 +123,24 @@ def test_a_wrong_day_is_explained(configured: Settings) -> None:
     found = _quern("run", "--since", "yesterday")
     assert found.exit_code == 2
     assert "expected a day as YYYY-MM-DD" in found.output
+
+
+def test_following_brings_each_change_until_it_is_stopped(
+    desk: Desk, configured: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUERN_ANALYTICS__FOLLOW_SECONDS", "0.2")
+    command = [sys.executable, "-m", "quern.cli.main", "etl", "run", "--follow"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as following:
+        for count in (1, 2):
+            desk.submit(clock.now(), {"code": "a"})
+            until(partial(_has, desk, count))
+        following.terminate()
+        assert following.wait(60) == 0
+    assert desk.holds()
+
+
+def _has(desk: Desk, responses: int) -> bool:
+    try:
+        return len(desk.rows("fact_response")) == responses
+    except NoWarehouseError:
+        return False
