@@ -1,6 +1,7 @@
 """The jobs that answer: ask the engine, tell what comes, and write the end in the transaction that ends the job."""
 
 import struct
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -119,12 +120,24 @@ class Answering:
     def _all(
         self, question: Question, teller: deltas.Teller | None, told: list[Record], stop: Callable[[], bool]
     ) -> list[Generation]:
-        asks = [partial(self._one, question, index, teller, told, stop) for index in range(len(question.generations))]
+        failed = threading.Event()
+
+        def useless() -> bool:
+            return failed.is_set() or stop()
+
+        asks = [
+            partial(self._one, question, index, teller, told, useless) for index in range(len(question.generations))
+        ]
         if len(asks) == 1:
             return [asks[0]()]
-        # The engine decodes them together, and reads what they begin with once.
+        # The engine decodes them together, and reads their prompt once. When one fails, the others are of no use.
         with ThreadPoolExecutor(max_workers=min(8, len(asks))) as pool:
-            return [future.result() for future in [pool.submit(ask) for ask in asks]]
+            futures = [pool.submit(ask) for ask in asks]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                failed.set()
+                raise
 
     def _one(
         self, question: Question, index: int, teller: deltas.Teller | None, told: list[Record], stop: Callable[[], bool]

@@ -20,7 +20,7 @@ from quern.jobs.model import ENDED, Job, NewJob, Queue, State
 from quern.openai import answer, files, ledger, notice
 from quern.openai.ledger import Asked
 from quern.openai.outcome import Failure
-from quern.openai.request import ENDPOINTS, BatchBody
+from quern.openai.request import ENDPOINTS, BatchBody, is_too_deep
 from quern.openai.settings import OpenAISettings
 from quern.store import clock, identifier
 from quern.store.connection import Db, Document
@@ -255,10 +255,12 @@ class BatchJobs:
                 most = self._settings.max_batch_requests
                 faults.append(_fault(number, "too_many_requests", f"A batch has at most {most} requests."))
                 break
-            if (found := _wrong(line, batch.endpoint, seen)) is not None:
+            if len(line) > self._settings.max_body_bytes:
+                faults.append(_fault(number, "too_large", f"Expected at most {self._settings.max_body_bytes} bytes."))
+            elif (found := _wrong(line, batch.endpoint, seen)) is not None:
                 faults.append(_fault(number, *found))
-                if len(faults) == _FAULTS_SHOWN:
-                    break
+            if len(faults) == _FAULTS_SHOWN:
+                break
         if not total:
             faults.append(_fault(None, "empty_file", "The input file has no requests."))
         return total, faults
@@ -427,7 +429,7 @@ def _wrong(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str] | None
         value = orjson.loads(line)
     except ValueError:
         return "invalid_json_line", "Expected a JSON object in each line."
-    if not isinstance(value, dict) or not isinstance(value.get("body"), dict):
+    if not isinstance(value, dict) or not isinstance(value.get("body"), dict) or is_too_deep(value):
         return "invalid_request", "Expected an object with custom_id, method, url and body."
     if not isinstance(name := value.get("custom_id"), str) or not 0 < len(name) <= 512:
         return "missing_required_parameter", "Expected custom_id, a string of 1 to 512 characters."

@@ -19,6 +19,7 @@ Stops = Annotated[
     BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
 ]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+DEEPEST = 100
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
@@ -371,6 +372,21 @@ BODIES: dict[str, type[ChatBody] | type[CompletionBody] | type[EmbeddingBody] | 
     "embedding": EmbeddingBody,
     "response": ResponseBody,
 }
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than DEEPEST levels: beyond some, what reads and writes it gives up."""
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > DEEPEST:
+            return True
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return False
 
 
 def _choice_exists(choice: Any, names: list[str]) -> None:

@@ -127,7 +127,7 @@ TOOLS: list[Any] = [
 def test_a_forced_call_is_a_call_whole_and_streamed(client: openai.OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
     asked: dict[str, Any] = {"model": CHAT, "messages": messages, "tools": TOOLS, "max_tokens": 60, "temperature": 0}
-    named = {"type": "function", "function": {"name": "get_weather"}}
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
     choice = client.chat.completions.create(**asked, tool_choice=named).choices[0]
     assert choice.finish_reason == "tool_calls"
     [call] = choice.message.tool_calls or []

@@ -76,11 +76,11 @@ def test_no_route_gives_a_stranger_anything_of_a_tenants(lab: Lab, mine: dict[st
         method, path = route.split(" ")
         kind = path.split("/")[2]
         target = path.replace("<path:name>", CHAT).replace("<identity>", mine.get(kind, ""))
-        body = BODIES[route] if method == "POST" else None
+        body = BODIES.get(route)
         if route == "POST /v1/batches":
-            body = {**body, "input_file_id": mine["files"]}
+            body = {**BODIES[route], "input_file_id": mine["files"]}
         if route == "POST /v1/responses":
-            body = {**body, "previous_response_id": mine["responses"]}
+            body = {**BODIES[route], "previous_response_id": mine["responses"]}
         answer = stranger.send(method, f"/{target}", body)
         assert b"xylophone" not in answer.content, route
         if "<identity>" in path:

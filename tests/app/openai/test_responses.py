@@ -151,8 +151,8 @@ def test_a_deleted_response_is_gone_with_what_was_asked(lab: Lab, client: openai
 def test_input_items_are_listed_a_page_at_a_time(client: openai.OpenAI) -> None:
     turns: list[Any] = [{"role": "user", "content": f"Turn {number}."} for number in range(5)]
     made = client.responses.create(model=CHAT, input=turns, max_output_tokens=16)
-    found = list(client.responses.input_items.list(made.id, limit=2, order="asc"))
-    assert [item.content[0].text for item in found] == [f"Turn {number}." for number in range(5)]  # type: ignore[union-attr]
+    found: list[Any] = list(client.responses.input_items.list(made.id, limit=2, order="asc"))
+    assert [item.content[0].text for item in found] == [f"Turn {number}." for number in range(5)]
 
 
 TOOL: Any = {

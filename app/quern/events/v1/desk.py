@@ -26,7 +26,7 @@ from quern.events.problem import ProblemError
 from quern.events.settings import EventSettings
 from quern.events.v1.feeds import Feeds
 from quern.events.v1.gate import open_gate
-from quern.inference.client import EngineError
+from quern.inference.client import EngineClient, EngineError
 from quern.inference.protocol import ServedModel
 from quern.jobs import estimate, queue, turns
 from quern.jobs.queue import Opened
@@ -35,6 +35,7 @@ from quern.observe.logs import request_id
 from quern.openai import deltas
 from quern.openai.error import ApiError, invalid
 from quern.openai.ledger import Asked
+from quern.openai.request import is_too_deep
 from quern.openai.settings import OpenAISettings
 from quern.runtime import Runtime
 from quern.store import clock
@@ -49,6 +50,8 @@ Body = TypeVar("Body", bound=BaseModel)
 DATABASE_SECONDS: Final = 5.0
 _THREADS: Final = 16
 _MODELS_SECONDS: Final = 5.0
+#: How long an engine that hangs is waited for.
+_ENGINE_SECONDS: Final = 3.0
 #: Uploads read at the same time: each may hold a file's bytes.
 _UPLOADS: Final = 4
 
@@ -66,7 +69,9 @@ class Desk:
         )
         self._places = Places(limits)
         self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="v1")
-        self._models: tuple[float, list[ServedModel]] = (0.0, [])
+        self._engine = EngineClient(runtime.settings.engine_socket, timeout=_ENGINE_SECONDS)
+        self._asking = asyncio.Lock()
+        self._models: tuple[float, list[ServedModel]] = (-_MODELS_SECONDS, [])
         self._waiting: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._redis = connect(runtime.store.redis_queue_url, timeout=1.0)
@@ -133,6 +138,8 @@ class Desk:
             value = orjson.loads(raw)
         except ValueError:
             raise ApiError(400, "Expected a body in JSON.", code="invalid_json") from None
+        if is_too_deep(value):
+            raise ApiError(400, "The body is nested too deeply.", code="invalid_value")
         try:
             return model.model_validate(value)
         except ValidationError as error:
@@ -140,14 +147,17 @@ class Desk:
 
     async def models(self) -> list[ServedModel]:
         """What the engine serves, as of some seconds ago; what it served last while it is away."""
-        asked, known = self._models
-        if time.monotonic() - asked > _MODELS_SECONDS:
-            try:
-                known = await self.run(self.runtime.engine.models)
-            except EngineError:
-                if not known:
-                    raise ApiError(503, "The engine is away.", code="away", headers={"Retry-After": "2"}) from None
-            self._models = (time.monotonic(), known)
+        async with self._asking:
+            asked, known = self._models
+            if time.monotonic() - asked > _MODELS_SECONDS:
+                try:
+                    known = await self.run(self._engine.models)
+                except EngineError:
+                    # What it served last; asked again some seconds later, by one request and not by all.
+                    pass
+                self._models = (time.monotonic(), known)
+        if not known:
+            raise ApiError(503, "The engine is away.", code="away", headers={"Retry-After": "2"})
         return known
 
     async def expect_model(self, name: str, kind: str) -> None:

@@ -24,7 +24,7 @@ _HEADER = "Idempotency-Key"
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be made durable. `before_insert` runs with the identifier that the request will have."""
+    """What is to be made durable."""
 
     kind: Kind
     body: Body
