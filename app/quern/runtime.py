@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pymongo
 from pymongo.errors import PyMongoError
@@ -19,7 +20,7 @@ from quern.jobs import reconciler
 from quern.jobs.handler import Registry, Tick
 from quern.jobs.scheduler import Chore
 from quern.jobs.wake import Nudger, Waker
-from quern.observe import metrics
+from quern.observe import metrics, mongodb
 from quern.openai import notice
 from quern.openai.answering import Answering
 from quern.openai.batches import BatchJobs
@@ -142,6 +143,9 @@ class Runtime:
         """Periodic jobs."""
         return analytics.ticks(self.settings.analytics)
 
+    def _server_status(self) -> dict[str, Any]:
+        return dict(self.store.client.admin.command({"serverStatus": 1, **mongodb.LEFT_OUT}))
+
     @property
     def chores(self) -> list[Chore]:
         """What one scheduler does now and then."""
@@ -154,6 +158,7 @@ class Runtime:
 
         return [
             Chore("seal the audit log", 1.0, seal),
+            Chore("observe MongoDB", 15.0, lambda: mongodb.record(self._server_status())),
             Chore("observe the queues", 5.0, lambda: reconciler.observe(self.store)),
             Chore("observe the outboxes", 5.0, lambda: metrics.UNRELAYED.set(outbox.count_unrelayed(self.store.db))),
         ]

@@ -7,7 +7,7 @@ from pymongo.errors import PyMongoError
 from redis.exceptions import RedisError
 
 from quern import __version__
-from quern.cli import analytics, doctor, etl, jobs, models, operate, services, tenants
+from quern.cli import analytics, doctor, etl, jobs, logs, models, operate, services, tenants
 from quern.config import SettingsError
 from quern.store.connection import is_away
 
@@ -57,6 +57,7 @@ for command in (
     jobs.dead_group,
     jobs.outbox_group,
     operate.audit_group,
+    logs.logs_group,
     operate.status,
     doctor.doctor,
     operate.migrate_command,
