@@ -4,25 +4,39 @@ Both write the same bytes with the same durability, at 1, 16 and 64 clients, in 
 that a noisy machine hits both. Quern is driven by `wrk` straight at the API's TCP port; the relay runs, workers do not.
 The bare writer is one Python process of as many threads as there are clients, with one MongoClient, on the UNIX socket.
 
+Two limits in the same rounds say what the HTTP stack leaves: the thinnest Flask application, on the API's own Gunicorn
+worker class with as many processes and threads, that reads the body and answers 202 (`flask`), and the same one that
+makes the bare insert in between (`flask+insert`).
+
+The outboxes of a round are relayed before the next begins; the time that takes is reported (`relayed`), since a burst
+may be acknowledged faster than it is relayed.
+
     .venv/bin/python bench/intake.py --seconds 8 --rounds 3
 """
 
 import argparse
 import json
+import os
 import re
 import shutil
+import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import bson
+from gunicorn.app.base import BaseApplication
 from pymongo import MongoClient
 
+from quern.embedded.demo import Client
 from quern.embedded.ports import free_port
-from quern.embedded.stack import temporary_stack
+from quern.embedded.process import ChildProcess
+from quern.embedded.stack import Stack, temporary_stack
 from quern.tenants import keys, tenant
 
 ANSWERS = {
@@ -76,14 +90,60 @@ def bare(uri: str, clients: int, seconds: float, sample: dict[str, Any]) -> floa
     return done / elapsed
 
 
-def quern(port: int, form: str, key: str, clients: int, seconds: float, folder: Path) -> tuple[float, str]:
+def thin_app(sample: bytes) -> Any:
+    """The thinnest Flask applications: `/none` only answers, `/insert` makes one bare insert first."""
+    from flask import Flask, Response, request
+
+    document = bson.decode(sample)
+    app = Flask("thin", static_folder=None)
+    made: dict[int, Any] = {}
+
+    def collection() -> Any:
+        if os.getpid() not in made:
+            made[os.getpid()] = MongoClient(os.environ["THIN_URI"], w="majority", journal=True).bench.thin
+        return made[os.getpid()]
+
+    @app.post("/none")
+    def none() -> Response:
+        return Response(b"{}" if request.get_data() else b"", 202, mimetype="application/json")
+
+    @app.post("/insert")
+    def insert() -> Response:
+        json.loads(request.get_data())
+        collection().insert_one({**document, "_id": f"{os.getpid()}-{time.time_ns()}-{threading.get_ident()}"})
+        return Response(b"{}", 202, mimetype="application/json")
+
+    return app
+
+
+def serve_thin(port: int, workers: int, threads: int, sample: Path) -> None:
+    """Serve `thin_app` as the API is served."""
+    from quern.api.patience import worker_class
+    from quern.api.server import Server
+
+    class Thin(Server):
+        def __init__(self) -> None:
+            BaseApplication.__init__(self)
+
+        def load_config(self) -> None:
+            options = {"bind": f"127.0.0.1:{port}", "workers": workers, "threads": threads, "keepalive": 30}
+            quiet = {"control_socket_disable": True, "loglevel": "warning"}
+            for name, value in {**options, **quiet, "worker_class": worker_class(20.0)}.items():
+                self.cfg.set(name, value)
+
+        def load(self) -> Any:
+            return thin_app(sample.read_bytes())
+
+    Thin().run()
+
+
+def driven(url: str, key: str, clients: int, seconds: float, folder: Path) -> tuple[float, str]:
     """202 answers a second, and the p99 as wrk prints it."""
     script = folder / "post.lua"
     script.write_text(
         f'wrk.method = "POST"\nwrk.body = {json.dumps(json.dumps({"answers": ANSWERS}))}\n'
         f'wrk.headers["Content-Type"] = "application/json"\nwrk.headers["Authorization"] = "Bearer {key}"\n'
     )
-    url = f"http://127.0.0.1:{port}/api/v1/forms/{form}/responses"
     command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "--latency", "-s", str(script), url]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     if "Non-2xx" in text or "Socket errors" in text:
@@ -95,41 +155,111 @@ def quern(port: int, form: str, key: str, clients: int, seconds: float, folder: 
     return float(rate[1]), tail[1]
 
 
+def relayed(db: Any, limit: float = 300.0) -> float:
+    """Seconds until every outbox is relayed."""
+    began = time.monotonic()
+    while db.responses.find_one({"outbox.at": {"$exists": True}}, {"_id": 1}) is not None:
+        if time.monotonic() - began > limit:
+            raise RuntimeError(f"expected the relay to catch up within {limit} s; see its log")
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=5, help="Gunicorn workers (2 x cores + 1)")
+    parser.add_argument("--threads", type=int, default=8, help="of each worker")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--serve-thin", nargs=2, metavar=("PORT", "SAMPLE"), help="(a part of the run)")
     arguments = parser.parse_args()
+    if arguments.serve_thin:
+        port, sample = arguments.serve_thin
+        serve_thin(int(port), arguments.workers, arguments.threads, Path(sample))
+        return
     if shutil.which("wrk") is None:
         raise SystemExit("expected wrk, found none; run: apt-get install wrk")
-    port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    with temporary_stack(
-        with_engine=False, queues=(), api_workers=arguments.workers, settings={"QUERN_API_BIND": f"127.0.0.1:{port}"}
-    ) as stack:
+    try:
+        measure(arguments, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    port, thin_port = free_port(), free_port()
+    settings = {"QUERN_API_BIND": f"127.0.0.1:{port}", "QUERN_API_THREADS": str(arguments.threads)}
+    with temporary_stack(with_engine=False, queues=(), api_workers=arguments.workers, settings=settings) as stack:
         db = stack.runtime.store.db
         made = tenant.create(db, "bench", requests_per_minute=0)
         _, key = keys.create(db, made["_id"], "bench")
-        from quern.embedded.demo import Client
-
         client = Client(f"http://127.0.0.1:{port}", key)
         form = client.call("POST", "/api/v1/forms", FORM)["id"]
         client.call("POST", f"/api/v1/forms/{form}/publish")
         client.call("POST", f"/api/v1/forms/{form}/responses", {"answers": ANSWERS})
         sample = db.responses.find_one({"form": form}) or {}
-        print(f"{'clients':>8} {'bare/s':>9} {'quern/s':>9} {'ratio':>6} {'p99':>9}   ({arguments.rounds} rounds)")
-        for clients in arguments.clients:
-            rates: list[tuple[float, float, str]] = []
-            for _ in range(arguments.rounds):
-                plain = bare(stack.mongod.uri, clients, arguments.seconds, sample)
-                ours, tail = quern(port, form, key, clients, arguments.seconds, folder)
-                rates.append((plain, ours, tail))
-            plain, ours = (statistics.median(rate[position] for rate in rates) for position in (0, 1))
-            ratio = statistics.median(rate[1] / rate[0] for rate in rates)
-            print(f"{clients:>8} {plain:>9.0f} {ours:>9.0f} {ratio:>6.2f} {rates[-1][2]:>9}", flush=True)
-    shutil.rmtree(folder)
+        (folder / "sample").write_bytes(bson.encode(sample))
+        shape = ["--workers", str(arguments.workers), "--threads", str(arguments.threads)]
+        thin = ChildProcess(
+            "the thinnest Flask",
+            [sys.executable, str(Path(__file__).resolve()), *shape, "--serve-thin", str(thin_port), folder / "sample"],
+            log=folder / "thin.log",
+            ready=lambda: _listens(thin_port),
+            environment={"PATH": os.environ["PATH"], "THIN_URI": stack.mongod.uri},
+        )
+        thin.start()
+        urls = {
+            "flask": f"http://127.0.0.1:{thin_port}/none",
+            "flask+insert": f"http://127.0.0.1:{thin_port}/insert",
+            "quern": f"http://127.0.0.1:{port}/api/v1/forms/{form}/responses",
+        }
+        try:
+            compare(arguments, stack, urls, key, sample, folder)
+        finally:
+            thin.stop()
+
+
+def compare(
+    arguments: argparse.Namespace, stack: Stack, urls: dict[str, str], key: str, sample: dict[str, Any], folder: Path
+) -> None:
+    db = stack.runtime.store.db
+    print(f"{arguments.rounds} rounds of {arguments.seconds:.0f} s, {arguments.workers} workers of {arguments.threads}")
+    print(
+        "| clients | bare, 1/s | flask | flask+insert | of bare | Quern | of bare | of flask+insert | p99 | relayed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for clients in arguments.clients:
+        rates: dict[str, list[float]] = {name: [] for name in ("bare", *urls, "relayed")}
+        tail = ""
+        for _ in range(arguments.rounds):
+            rates["bare"].append(bare(stack.mongod.uri, clients, arguments.seconds, sample))
+            for name, url in urls.items():
+                rate, tail = driven(url, key, clients, arguments.seconds, folder)
+                rates[name].append(rate)
+            rates["relayed"].append(relayed(db))
+        middle = {name: statistics.median(found) for name, found in rates.items()}
+
+        def over(one: str, other: str, rates: dict[str, list[float]] = rates) -> float:
+            return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+
+        cells = [
+            str(clients),
+            *(f"{middle[name]:.0f}" for name in ("bare", "flask", "flask+insert")),
+            f"{over('flask+insert', 'bare'):.2f}",
+            f"{middle['quern']:.0f}",
+            f"{over('quern', 'bare'):.2f}",
+            f"{over('quern', 'flask+insert'):.2f}",
+            tail,
+            f"{middle['relayed']:.1f} s",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    print(f"load {os.getloadavg()[0]:.1f}")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 if __name__ == "__main__":

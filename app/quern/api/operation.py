@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import pymongo
 import pymongo.errors
@@ -16,6 +16,7 @@ from flask import Blueprint, Response, current_app, g, request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pymongo.client_session import ClientSession
 from redis.exceptions import RedisError
+from werkzeug.datastructures import Headers
 
 from quern.api import idempotency
 from quern.api.body import read_json
@@ -30,6 +31,9 @@ from quern.store.connection import Db
 from quern.tenants import keys
 from quern.tenants.keys import Principal
 from quern.tenants.limit import LimiterAwayError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 _log = logging.getLogger(__name__)
 
@@ -324,6 +328,13 @@ def _abandon(db: Db, kept: idempotency.Record) -> None:
         return
 
 
+class _Plain(Response):
+    """An answer whose headers are complete: what werkzeug would still make of a `Location` is in it already."""
+
+    def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
+        return self.headers if "Content-Length" in self.headers else super().get_wsgi_headers(environ)
+
+
 def _respond(reply: Reply) -> Response:
     if reply.stream is not None:
         return Response(reply.stream, reply.status, reply.headers, mimetype=reply.media_type)
@@ -331,8 +342,10 @@ def _respond(reply: Reply) -> Response:
 
 
 def _answer(body: bytes, status: int, headers: dict[str, str]) -> Response:
-    response = Response(body, status, headers, mimetype="application/json")
-    if not body:
+    response = _Plain(body, status, headers, mimetype="application/json")
+    if body:
+        response.headers["Content-Length"] = str(len(body))
+    else:
         del response.headers["Content-Type"]
     return response
 

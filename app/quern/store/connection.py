@@ -78,6 +78,7 @@ class Store:
         self._live = live
         self._lock = threading.Lock()
         self._client: MongoClient[Document] | None = None
+        self._db: Db | None = None
         self._uri = ""
         self._pid = 0
 
@@ -104,4 +105,7 @@ class Store:
 
     @property
     def db(self) -> Db:
-        return self.client[self._live.get().mongodb_database]
+        client, name, db = self.client, self._live.get().mongodb_database, self._db
+        if db is None or db.client is not client or db.name != name:
+            db = self._db = client[name]
+        return db
