@@ -82,3 +82,16 @@ def test_nothing_but_the_promised_ports_answers(place: Place, expected: dict[str
             continue
         answering.append(port)
     assert answering == expected["open_ports"]
+
+
+def test_an_attack_is_refused_and_prose_passes(place: Place, trusting: ssl.SSLContext, tenant_key: str) -> None:
+    attack = get(f"{place.url}/api/v1/forms?name=%27%20union%20select%20a%20from%20b--", trusting)
+    assert attack[0] == 403
+    assert json.loads(attack[2])["title"] == "Forbidden"
+    status, _, _ = get(f"{place.url}/api/v1/forms", trusting, Authorization=f"Bearer {tenant_key}")
+    assert status == 200
+
+
+def test_the_documentation_comes_from_the_cache(place: Place, trusting: ssl.SSLContext) -> None:
+    found = [get(f"{place.url}/api/openapi.json", trusting)[1]["x-cache"] for _ in range(2)]
+    assert found[1] == "HIT"

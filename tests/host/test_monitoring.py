@@ -1,0 +1,88 @@
+"""Prometheus sees every process, Alertmanager mails, all of it within its share, and nothing of it from outside."""
+
+import json
+import time
+from typing import Any
+
+from testinfra.host import Host
+
+from quern.embedded.smtp_sink import SmtpSink
+from tests.host.conftest import Place
+
+UNITS = ("prometheus", "prometheus-alertmanager", "prometheus-node-exporter", "prometheus-redis-exporter")
+PATIENCE_SECONDS = 180
+
+
+def query(host: Host, expression: str) -> list[dict[str, Any]]:
+    """What Prometheus answers now."""
+    answer = host.check_output(
+        "curl -sS --fail -G http://127.0.0.1:9090/api/v1/query --data-urlencode query=%s", expression
+    )
+    found: list[dict[str, Any]] = json.loads(answer)["data"]["result"]
+    return found
+
+
+def test_every_process_is_scraped(host: Host) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        states = {(one["metric"]["job"], one["metric"].get("process")): one["value"][1] for one in query(host, "up")}
+        away = sorted(name for name, value in states.items() if value != "1")
+        if len(states) >= 14 and not away:
+            return
+        assert time.monotonic() < deadline, (away, len(states))
+        time.sleep(5)
+
+
+def test_both_instances_of_redis_and_mongodb_are_measured(host: Host) -> None:
+    assert {one["metric"]["instance"] for one in query(host, "redis_up == 1")} == {"queue", "cache"}
+    assert len(query(host, "quern_mongodb_connections{state='current'} > 0")) == 1
+
+
+def test_the_certificates_end_is_known(host: Host) -> None:
+    host.check_output("systemctl start quern-certificate-age")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := query(host, "quern_certificate_end_timestamp_seconds - time()")):
+        assert time.monotonic() < deadline
+        time.sleep(5)
+    assert 300 * 86_400 < float(found[0]["value"][1]) < 400 * 86_400
+
+
+def test_the_rules_of_the_alerts_are_loaded(host: Host) -> None:
+    groups = json.loads(host.check_output("curl -sS --fail http://127.0.0.1:9090/api/v1/rules"))["data"]["groups"]
+    names = {rule["name"] for group in groups for rule in group["rules"]}
+    assert {"DeadJobs", "OutboxesUnrelayed", "BackupOld", "CertificateEnds", "WarehouseDiffers"} <= names
+    assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
+
+
+def test_an_alert_is_mailed(host: Host, place: Place, mail_relay: SmtpSink) -> None:
+    """By the real Alertmanager, firewall and relay; the alert itself is handed in."""
+    alert = json.dumps([{"labels": {"alertname": "Rehearsal", "severity": "warning"}, "annotations": {"summary": "x"}}])
+    if not host.run("grep -q email_configs /etc/prometheus/alertmanager.yml").succeeded:
+        raise AssertionError("expected monitoring_mail_to in molecule/inventory, found no receiver of alerts")
+    host.check_output(
+        "curl -sS --fail -H 'Content-Type: application/json' -d %s http://127.0.0.1:9093/api/v2/alerts", alert
+    )
+    mail = mail_relay.wait_for(lambda one: "ops@quern.example" in one.recipients, PATIENCE_SECONDS)
+    assert mail.message["Subject"] == "[firing] Rehearsal on quern.test"
+
+
+def test_the_monitoring_takes_its_share_and_no_more(host: Host) -> None:
+    held = 0
+    for unit in UNITS:
+        pid = host.check_output("systemctl show -p MainPID --value %s", unit)
+        assert host.check_output("systemctl show -p Slice --value %s", unit) == "quern-watch.slice"
+        held += int(host.check_output("grep ^Pss: /proc/%s/smaps_rollup", pid).split()[1])
+    total = int(host.check_output("grep MemTotal: /proc/meminfo").split()[1])
+    assert held < 0.05 * total
+
+
+def test_the_operator_reads_the_logs(host: Host, place: Place) -> None:
+    host.run(f"curl -sk '{place.url}/api/v1/forms?name=%27%20union%20select%20a%20from%20b--'")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        refused = json.loads(host.check_output("quern logs refused --json"))
+        if any(row["place"] == "name" for row in refused):
+            break
+        assert time.monotonic() < deadline, refused
+        time.sleep(1)
+    assert isinstance(json.loads(host.check_output("quern logs errors --json")), list)
