@@ -37,14 +37,19 @@ def ended(client: openai.OpenAI, identity: str) -> Any:
 
 def test_a_response_is_kept_and_can_be_read_again(client: openai.OpenAI) -> None:
     made = client.responses.create(
-        model=CHAT, input="Say hi.", instructions="Be brief.", max_output_tokens=16, metadata={"order": "4711"}
+        model=CHAT,
+        input=LONG,
+        instructions="Be a poet.",
+        max_output_tokens=6,
+        temperature=0,
+        metadata={"order": "4711"},
     )
     assert made.output_text
     found = client.responses.retrieve(made.id)
     assert found.output_text == made.output_text
-    assert (found.instructions, found.metadata) == ("Be brief.", {"order": "4711"})
+    assert (found.instructions, found.metadata) == ("Be a poet.", {"order": "4711"})
     assert made.usage is not None
-    assert made.usage.output_tokens == 16
+    assert made.usage.output_tokens == 6
     assert made.status == "incomplete"
     assert made.incomplete_details is not None
     assert made.incomplete_details.reason == "max_output_tokens"
@@ -130,7 +135,7 @@ def test_a_conversation_goes_on_from_the_response_before(lab: Lab, client: opena
     assert second.previous_response_id == first.id
     assert second.usage is not None
     assert alone.usage is not None
-    assert second.usage.input_tokens >= alone.usage.input_tokens + 16
+    assert second.usage.input_tokens >= alone.usage.input_tokens + 8
     with pytest.raises(openai.NotFoundError) as caught:
         lab.client().responses.create(model=CHAT, input="And?", previous_response_id=first.id)
     assert caught.value.code == "previous_response_not_found"

@@ -23,8 +23,9 @@ def test_the_end_of_a_background_response_is_told_and_signed(lab: Lab, client: o
         "POST", "/webhooks", {"url": f"{lab.stack.receiver.url}{path}", "event_types": types}, status=201
     )
     secret = endpoint["secret"]
-    cut = client.responses.create(model=CHAT, input="Say hi.", max_output_tokens=16, background=True)
-    long = client.responses.create(model=CHAT, input="Tell a story.", max_output_tokens=3000, background=True)
+    story: dict[str, Any] = {"model": CHAT, "input": "Tell a long story.", "temperature": 0, "background": True}
+    cut = client.responses.create(**story, max_output_tokens=5)
+    long = client.responses.create(**story, max_output_tokens=3000)
     whole = client.responses.create(
         model=CHAT, input="Is it day?", background=True, text=choice_of("yes", "no"), max_output_tokens=40
     )
