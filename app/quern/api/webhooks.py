@@ -18,7 +18,7 @@ from quern.store import clock, cursor, identifier
 from quern.webhooks import deliveries, endpoints
 from quern.webhooks.endpoints import DisabledReason, EndpointChange, EndpointDraft
 from quern.webhooks.guard import ForbiddenURLError
-from quern.webhooks.handler import RESEND_KIND, make_test_event, resend
+from quern.webhooks.handler import RESEND_KIND, TEST_KIND, make_test_event, resend
 from quern.webhooks.outcome import Failure
 
 MAX_REPLAYED = 100
@@ -395,7 +395,7 @@ def replay_delivery(call: Call, endpoint: str, delivery: str) -> Reply:
     document = queue.get(call.db, call.tenant, record.job, call.session)
     if document is None or "erased" in document:
         raise Problem(409, "the message is no longer kept: its response was erased, or its job is too old")
-    if record.response is None:
+    if document["kind"] == TEST_KIND:
         raise Problem(409, "this was a test event; send another one")
     if document["state"] == State.DEAD:
         try:
@@ -407,6 +407,8 @@ def replay_delivery(call: Call, endpoint: str, delivery: str) -> Reply:
         return Reply(show_job(document), 202)
     if document["state"] != State.DONE:
         raise Problem(409, f"the job is {document['state']}; only a dead or done one can be sent again")
+    if record.response is None:
+        raise Problem(409, "this message was delivered; what it names can be read, and it is not sent twice")
     cause = call.idempotency_key or identifier.new("run")
     job = resend(document, f"{delivery} {cause}", request_id=call.request_id, traceparent=traceparent())
     call.audit("webhook.resent", endpoint, {"job": job.id, "kind": RESEND_KIND})
