@@ -353,10 +353,10 @@ class Worker:
         token = logs.request_id.set(job.request_id)
         began = time.monotonic()
         state: str | None = "lost"
+        named = {"quern.job": job.id, "quern.queue": job.queue.value}
+        traces.ended("claim", job.traceparent, began - asked, **named)
         try:
-            with traces.span(
-                f"job {job.kind}", job.traceparent, **{"quern.job": job.id, "quern.queue": job.queue.value}
-            ) as parent:
+            with traces.span(f"job {job.kind}", job.traceparent, **named) as parent:
                 verdict = self._run(job, Context(self._store, stop, parent))
                 state = None if isinstance(verdict, queue.End) else verdict
         finally:

@@ -1,5 +1,6 @@
 """OpenTelemetry spans: one trace from the request over its jobs to the delivery; exported only if asked for."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,16 @@ def span(name: str, parent: str | None = None, **attributes: str | int | float) 
         return
     with _tracer.start_as_current_span(name, context=context, attributes=attributes, record_exception=False):
         yield traceparent()
+
+
+def ended(name: str, parent: str | None, seconds: float, **attributes: str | int | float) -> None:
+    """A span that took `seconds` and is over: for what is known to belong to a trace only afterwards."""
+    if isinstance(trace.get_tracer_provider(), ProxyTracerProvider):
+        return
+    context = _PROPAGATOR.extract({"traceparent": parent}) if parent else None
+    now = time.time_ns()
+    begun = _tracer.start_span(name, context, attributes=attributes, start_time=now - int(seconds * 1e9))
+    begun.end(now)
 
 
 def traceparent() -> str:

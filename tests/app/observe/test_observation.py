@@ -129,21 +129,34 @@ def test_metrics_name_routes_not_identifiers(house: House) -> None:
     assert "nonsense" not in text
 
 
-def test_one_trace_goes_from_the_request_over_job_and_step_to_the_delivery(house: House, collector: Collector) -> None:
+def test_one_trace_goes_from_the_request_over_claim_job_and_step_to_the_deliveries(
+    house: House, collector: Collector
+) -> None:
     client = house.client()
     hook = client.call("POST", "/webhooks", {"url": f"{house.stack.receiver.url}/traced"}, status=201)["id"]
     steps = [{"name": "tell", "type": "webhook", "endpoint": hook}, {"name": "mood", "type": "sentiment"}]
+    steps.append({"name": "mail", "type": "email", "to": ["a@example.org"], "subject": "s", "body": "b"})
     form = client.form([{"name": "a", "type": "long_text"}], steps)
     trace, span = secrets.token_hex(16), secrets.token_hex(8)
     response = client.submit(form, {"a": "x"}, traceparent=f"00-{trace}-{span}-01")
     until(lambda: client.call("GET", f"/responses/{response}")["results"].get("tell"))
     received = house.stack.receiver.wait_for(lambda request: trace in (request.headers["traceparent"] or ""))
-    wanted = ("POST /api/v1/forms/<string:form>/responses", "job webhook", "deliver webhook", "job sentiment", "step")
+    wanted = (
+        "POST /api/v1/forms/<string:form>/responses",
+        "job webhook",
+        "deliver webhook",
+        "job sentiment",
+        "step",
+        "claim",
+        "job email",
+        "deliver email",
+    )
     spans = until(lambda: _all_there(collector, trace, wanted))
-    request, job, delivery, ai, step = (spans[name] for name in wanted)
+    request, job, delivery, ai, step, claim, email, mail = (spans[name] for name in wanted)
     assert request.parent == span
     assert (request.service, job.service, ai.service) == ("quern-api", "quern-worker-webhooks", "quern-worker-batched")
-    assert job.parent == ai.parent == request.id
+    assert job.parent == ai.parent == claim.parent == email.parent == request.id
+    assert mail.parent == email.id
     assert delivery.parent == job.id
     assert step.parent == ai.id
     assert received.headers["traceparent"].split("-")[1:3] == [trace, delivery.id]
