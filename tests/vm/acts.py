@@ -42,14 +42,6 @@ def _execute(*command: str) -> Act:
     return act
 
 
-def _connect(path: str) -> Act:
-    def act() -> None:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-
-    return act
-
-
 def _open_internet_socket() -> None:
     socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
 
@@ -90,7 +82,6 @@ def acts(own: Path, stranger: int) -> dict[str, Act]:
         "read what it wrote there": _read(str(program)),
         "signal another process": end,
         "read another process's environment": _read(f"/proc/{stranger}/environ"),
-        "talk to the system bus": _connect("/run/dbus/system_bus_socket"),
         "open an internet socket": _open_internet_socket,
         "open a routing socket": _open_routing_socket,
         "read the service's settings file": _read("/etc/quern/quern.env"),

@@ -64,14 +64,18 @@ def certificate(guest: Guest) -> ServerCertificate:
 @pytest.fixture(scope="session")
 def receiver(certificate: ServerCertificate) -> Iterator[Receiver]:
     """Takes the webhooks. The guest knows this machine's loopback by its gateway's address."""
-    with Receiver(port=RECEIVER_PORT, certificate=certificate) as running:
+    with Receiver(
+        host=os.environ.get("QUERN_VM_GATEWAY", "127.0.0.1"), port=RECEIVER_PORT, certificate=certificate
+    ) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def mail_relay(certificate: ServerCertificate) -> Iterator[SmtpSink]:
     """Takes the mail."""
-    with SmtpSink(port=MAIL_PORT, tls="starttls", certificate=certificate) as running:
+    with SmtpSink(
+        host=os.environ.get("QUERN_VM_GATEWAY", "127.0.0.1"), port=MAIL_PORT, tls="starttls", certificate=certificate
+    ) as running:
         yield running
 
 

@@ -77,7 +77,7 @@ class Guest:
     @property
     def url(self) -> str:
         """Its front door."""
-        return f"https://127.0.0.1:{self.facts['https_port']}"
+        return f"https://{self.facts['address']}:{self.facts['https_port']}"
 
     def ask(self, command: str, *, stdin: str | None = None, seconds: float = PATIENCE_SECONDS) -> Said:
         """Run a shell command."""
@@ -139,13 +139,13 @@ class Guest:
         shared = ["-o", "ControlMaster=auto", "-o", "ControlPersist=300", "-o", f"ControlPath={self.folder}/ssh"]
         alive = ["-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=10", "-o", "ConnectTimeout=120"]
         known = ["-o", f"UserKnownHostsFile={self.facts['known_hosts']}", "-o", "LogLevel=ERROR"]
-        who = ["-i", self.facts["key"], "-p", str(self.facts["ssh_port"]), "root@127.0.0.1"]
+        who = ["-i", self.facts["key"], "-p", str(self.facts["ssh_port"]), f"root@{self.facts['address']}"]
         return ["ssh", "-o", "BatchMode=yes", *shared, *alive, *known, *who]
 
     def _forget_connection(self) -> None:
         if self.facts:
             subprocess.run(
-                ["ssh", "-o", f"ControlPath={self.folder}/ssh", "-O", "exit", "root@127.0.0.1"],
+                ["ssh", "-o", f"ControlPath={self.folder}/ssh", "-O", "exit", f"root@{self.facts['address']}"],
                 capture_output=True,
                 check=False,
             )
