@@ -74,7 +74,9 @@ class Warehouse:
                 continue
             name = f"answer.{row['path']}"
             before = fields.get(name, FieldInfo(frozenset(), False))
-            fields[name] = FieldInfo(before.kinds | {row["kind"]}, before.repeated or row["repeated"])
+            # The options that are chosen in a field of its own differ; only in a group's items they may come again.
+            repeats = row["repeated"] and not (row["kind"] == "multiple_choice" and "." not in row["path"])
+            fields[name] = FieldInfo(before.kinds | {row["kind"]}, before.repeated or repeats)
         made = Asker(bare.tenants, bare.operator, fields, frozenset(steps))
         self._askers[key] = made
         return made

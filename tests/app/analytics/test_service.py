@@ -1,0 +1,128 @@
+"""The service beside the API: on a UNIX socket, without MongoDB, and the API lives when it does not."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from quern.analytics.client import AnalyticsAwayError, AnalyticsClient, AnalyticsError
+from quern.analytics.question import Measure, Question
+from quern.analytics.service_settings import ServiceSettings
+from quern.embedded.process import ChildProcess
+from quern.embedded.redis_server import RedisServer
+from tests.app.analytics.world import TENANTS, publish, world
+
+MINE = TENANTS[0]
+BY_SECTOR = Question(measure=Measure.RESPONSE_TIME, dimensions=["answer.sector"], statistics=["count", "mean"])
+
+
+@pytest.fixture(scope="module")
+def service(
+    session_directory: Path, tmp_path_factory: pytest.TempPathFactory, redis_cache: RedisServer
+) -> Iterator[ChildProcess]:
+    root, socket = tmp_path_factory.mktemp("service"), session_directory / "analytics.sock"
+    publish(world(4), root)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("QUERN_")}
+    process = ChildProcess(
+        "quern analytics",
+        [sys.executable, "-m", "quern.cli.main", "analytics"],
+        log=root / "service.log",
+        ready=socket.exists,
+        environment={
+            **kept,
+            "QUERN_ANALYTICS__WAREHOUSE": str(root),
+            "QUERN_ANALYTICS__SERVICE__SOCKET": str(socket),
+            "QUERN_REDIS_CACHE_URL": redis_cache.url,
+        },
+    )
+    with process:
+        yield process
+
+
+@pytest.fixture
+def client(service: ChildProcess, session_directory: Path) -> AnalyticsClient:
+    return AnalyticsClient(ServiceSettings(socket=session_directory / "analytics.sock", patience=60))
+
+
+def test_it_answers_pages_files_charts_and_sql(client: AnalyticsClient) -> None:
+    page = client.page(BY_SECTOR, MINE, 100, None)
+    assert [column.name for column in page.columns] == BY_SECTOR.columns
+    assert page.total_rows == len(page.rows) > 1
+    parquet = pyarrow.parquet.read_table(pa.BufferReader(client.file(BY_SECTOR, MINE, "parquet")))
+    arrow = pa.ipc.open_stream(client.file(BY_SECTOR, MINE, "arrow")).read_all()
+    assert (
+        parquet.to_pylist()
+        == arrow.to_pylist()
+        == [dict(zip(BY_SECTOR.columns, row, strict=True)) for row in page.rows]
+    )
+    assert b"generation" in arrow.schema.metadata[b"freshness"]
+    csv = pyarrow.csv.read_csv(pa.BufferReader(client.file(BY_SECTOR, MINE, "csv")))
+    assert csv.num_rows == page.total_rows
+    assert client.file(BY_SECTOR, MINE, "svg").startswith(b"<?xml")
+    assert client.file(BY_SECTOR, MINE, "png").startswith(b"\x89PNG")
+    assert client.sql("SELECT DISTINCT tenant FROM fact_response", MINE, 10).rows == [[MINE]]
+
+
+@pytest.mark.parametrize("sql", ["DROP VIEW fact_response", "SELECT * FROM read_text('/etc/passwd')", "SELECT"])
+def test_sql_that_may_not_be_run_is_refused_with_its_reason(client: AnalyticsClient, sql: str) -> None:
+    with pytest.raises(AnalyticsError) as caught:
+        client.sql(sql, MINE, 10)
+    assert caught.value.kind == "sql"
+
+
+def test_a_question_that_cannot_be_answered_is_no_failure_of_the_service(client: AnalyticsClient) -> None:
+    unknown = Question(measure=Measure.RESPONSES, dimensions=["answer.nothing"])
+    for _ in range(5):
+        with pytest.raises(AnalyticsError) as caught:
+            client.page(unknown, MINE, 10, None)
+        assert caught.value.kind == "ask"
+    assert not client.breaker.is_open
+
+
+def test_the_group_may_connect_and_others_may_not(client: AnalyticsClient, session_directory: Path) -> None:
+    assert (session_directory / "analytics.sock").stat().st_mode & 0o777 == 0o660
+
+
+def test_a_service_that_hangs_costs_the_patience_and_then_nothing(
+    service: ChildProcess, session_directory: Path
+) -> None:
+    settings = ServiceSettings(
+        socket=session_directory / "analytics.sock", patience=0.3, breaker_failures=2, breaker_pause=600
+    )
+    hasty = AnalyticsClient(settings)
+    assert service.pid is not None
+    group = os.getpgid(service.pid)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            with pytest.raises(AnalyticsAwayError, match="nothing came"):
+                hasty.page(BY_SECTOR, MINE, 10, None)
+        with pytest.raises(AnalyticsAwayError, match="let alone") as caught:
+            hasty.page(BY_SECTOR, MINE, 10, None)
+        assert caught.value.retry_after > 300
+    finally:
+        os.killpg(group, signal.SIGCONT)
+
+
+def test_a_service_that_is_not_there_is_away(tmp_path: Path) -> None:
+    with pytest.raises(AnalyticsAwayError, match="ConnectError"):
+        AnalyticsClient(ServiceSettings(socket=tmp_path / "none.sock")).page(BY_SECTOR, MINE, 10, None)
+    with pytest.raises(AnalyticsAwayError, match="not set up"):
+        AnalyticsClient(ServiceSettings()).page(BY_SECTOR, MINE, 10, None)
+
+
+def test_its_process_loads_nothing_of_mongodb_and_the_apis_loads_no_engine() -> None:
+    large = {"pymongo", "bson", "duckdb", "pyarrow", "matplotlib"}
+    found = {}
+    for module in ("quern.analytics.service", "quern.api.app"):
+        script = f"import sys, {module}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+        found[module] = large & set(done.stdout.split())
+    assert found == {"quern.analytics.service": {"duckdb", "pyarrow"}, "quern.api.app": {"pymongo", "bson"}}
