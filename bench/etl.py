@@ -163,22 +163,40 @@ def run_rate(arguments: argparse.Namespace) -> None:
         shutil.rmtree(data / name, ignore_errors=True)
     with _mongod(data) as server, _client(server) as client:
         stored = client[_DATABASE].responses.estimated_document_count()
-        with tempfile.TemporaryDirectory(dir=data) as folder:
-            count, seconds = bare(client[_DATABASE], Path(folder), arguments.limit)
-        rate = count / seconds
-        print(f"bare: {count} documents in {seconds:.1f} s, {rate:.0f}/s", flush=True)
+        rate, bare_cpu = _bare_rate(client[_DATABASE], server, data, arguments.limit)
+        before = _cpu(server.pid)
         report, peak = etl(server.uri, data, "run")
         mine = report["documents"] / report["seconds"]
+        cpu = (_cpu(server.pid) - before) / report["documents"] * 1e6
         print(
-            f"etl: {stored} responses, {report['documents']} documents in {report['seconds']:.1f} s, {mine:.0f}/s; "
-            f"ratio {mine / rate:.2f}; peak {peak:.0f} MB",
+            f"etl: {stored} responses, {report['documents']} documents in {report['seconds']:.1f} s, {mine:.0f}/s, "
+            f"{cpu:.0f} µs of CPU each; ratio {mine / rate:.2f} by the clock, {bare_cpu / cpu:.2f} by CPU; "
+            f"peak {peak:.0f} MB",
             flush=True,
         )
         sizes = {name: _size(data / name) for name in ("warehouse", "extract")}
         print(f"sizes in MB: {sizes}", flush=True)
-        with tempfile.TemporaryDirectory(dir=data) as folder:
-            count, seconds = bare(client[_DATABASE], Path(folder), arguments.limit)
-        print(f"bare again: {count / seconds:.0f}/s, ratio {mine / (count / seconds):.2f}", flush=True)
+        rate, bare_cpu = _bare_rate(client[_DATABASE], server, data, arguments.limit)
+        print(
+            f"ratio to the bare rate afterwards {mine / rate:.2f} by the clock, {bare_cpu / cpu:.2f} by CPU", flush=True
+        )
+
+
+def _bare_rate(db: Db, server: Mongod, data: Path, limit: int) -> tuple[float, float]:
+    """Documents a second, and microseconds of CPU (this process and mongod) for each."""
+    before = _cpu(server.pid)
+    with tempfile.TemporaryDirectory(dir=data) as folder:
+        count, seconds = bare(db, Path(folder), limit)
+    cpu = (_cpu(server.pid) - before) / count * 1e6
+    print(f"bare: {count} documents in {seconds:.1f} s, {count / seconds:.0f}/s, {cpu:.0f} µs of CPU each", flush=True)
+    return count / seconds, cpu
+
+
+def _cpu(server: int | None) -> float:
+    """Seconds of CPU that this process, the children it waited for and a server have used: a busy machine's clock lies."""
+    of_server = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[11:13]
+    ticks = os.sysconf("SC_CLK_TCK")
+    return sum(os.times()[:4]) + sum(map(int, of_server)) / ticks
 
 
 def _size(directory: Path) -> int:

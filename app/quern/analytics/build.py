@@ -147,9 +147,8 @@ class Builder:
             jobs = reader.jobs(list(ids))
             if jobs:
                 writers["fact_job"].write(job_rows(jobs, ids))
-            found, attempts = reader.count_jobs(list(ids))
-            tally.jobs += found
-            tally.attempts += attempts
+            tally.jobs += reader.count_jobs(list(ids))
+            tally.attempts += sum(job["attempt"] for job in jobs)
             for file in files:
                 file.write(chunk)
             count += len(chunk.documents)

@@ -137,7 +137,7 @@ class Flattener:
     """Turns a chunk of response documents into batches; made anew for each chunk."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in _RESPONSE_COLUMNS}
+        self._responses_added: list[tuple[Any, ...]] = []
         self._streams = {column: _Stream() for column in ("value_text", "value_number", "value_bool", "value_date")}
         self._text, self._number = self._streams["value_text"], self._streams["value_number"]
         self._vectors = _Vectors()
@@ -167,32 +167,36 @@ class Flattener:
         respondent = self._respondent
         if respondent is not None:
             respondent = identifier.derived("usr", document["tenant"], respondent.lower())
-        columns = self._columns
-        columns["tenant"].append(document["tenant"])
-        columns["form"].append(document["form"])
-        columns["version"].append(document["version"])
-        columns["response"].append(document["_id"])
-        columns["created"].append(created)
-        columns["status"].append(document["status"])
-        columns["processed"].append(processed)
-        columns["erased"].append(document.get("erased"))
-        columns["processing_seconds"].append((processed - created).total_seconds() if processed else None)
-        columns["user"].append(document.get("actor"))
-        columns["respondent"].append(respondent)
-        columns["fields"].append(len(version.leaves))
-        columns["fields_answered"].append(len(self._answered))
-        columns["answer_rows"].append(answer_rows)
-        columns["result_rows"].append(self._rows - answer_rows)
-        columns["text_length"].append(self._length)
-        columns["words"].append(self._words)
-        columns["number_sum"].append(self._sum)
-        columns["sentiment"].append(_label(results, version.first_sentiment))
-        columns["label"].append(_label(results, version.first_label))
-        columns["rating"].append(self._rating)
-        columns["steps"].append(len(states))
-        columns["steps_done"].append(states.count("done"))
-        columns["steps_dead"].append(states.count("dead"))
-        columns["hash"].append(digest)
+        # In the order of _RESPONSE_COLUMNS.
+        self._responses_added.append(
+            (
+                document["tenant"],
+                document["form"],
+                document["version"],
+                document["_id"],
+                created,
+                document["status"],
+                processed,
+                document.get("erased"),
+                (processed - created).total_seconds() if processed else None,
+                document.get("actor"),
+                respondent,
+                len(version.leaves),
+                len(self._answered),
+                answer_rows,
+                self._rows - answer_rows,
+                self._length,
+                self._words,
+                self._sum,
+                _label(results, version.first_sentiment),
+                _label(results, version.first_label),
+                self._rating,
+                len(states),
+                states.count("done"),
+                states.count("dead"),
+                digest,
+            )
+        )
         self._row += 1
 
     def _answer(self, version: Version, path: str, value: Any, item: str) -> None:
@@ -295,8 +299,9 @@ class Flattener:
             )
 
     def _responses(self) -> pa.RecordBatch:
-        created = pa.array(self._columns["created"], pa.timestamp("ms"))
-        columns = {**self._columns, "created": created, "day": created.cast(pa.date32(), safe=False)}
+        columns: dict[str, Any] = dict(zip(_RESPONSE_COLUMNS, zip(*self._responses_added, strict=True), strict=True))
+        created = pa.array(columns["created"], pa.timestamp("ms"))
+        columns |= {"created": created, "day": created.cast(pa.date32(), safe=False)}
         return batch(schema.FACT_RESPONSE, columns)
 
     def _answers(self, responses: pa.RecordBatch, column: str, stream: _Stream) -> pa.RecordBatch:
@@ -379,13 +384,13 @@ def _of_type(value: Any, kind: type) -> Any:
 
 
 def job_rows(documents: Iterable[Document], responses: dict[str, Document]) -> pa.RecordBatch:
-    """The rows of `fact_job` for the jobs of some responses, which are given by identifier."""
-    columns: dict[str, list[Any]] = {name: [] for name in schema.FACT_JOB.names}
+    """The rows of `fact_job` for the jobs (one at least) of some responses, which are given by identifier."""
+    rows = []
     for document in documents:
         response = responses[document["subject"]]
         first, run = _timing(document)
         created: datetime = document["created"]
-        values = (
+        row = (
             response["tenant"],
             response["form"],
             response["version"],
@@ -405,9 +410,8 @@ def job_rows(documents: Iterable[Document], responses: dict[str, Document]) -> p
             document["attempt"],
             document["failures"],
         )
-        for name, value in zip(columns, values, strict=True):
-            columns[name].append(value)
-    return batch(schema.FACT_JOB, columns)
+        rows.append(row)
+    return batch(schema.FACT_JOB, dict(zip(schema.FACT_JOB.names, zip(*rows, strict=True), strict=True)))
 
 
 def _timing(job: Document) -> tuple[datetime | None, float | None]:

@@ -133,13 +133,10 @@ class DayReader:
     def count_audit(self) -> tuple[int, int]:
         return self._count("audit", self._audit, AUDIT_FIELDS)
 
-    def count_jobs(self, responses: Sequence[str]) -> tuple[int, int]:
-        """Jobs of some responses, and the sum of their attempts, as the server counts them."""
-        match = {"$match": {"subject": {"$in": list(responses)}, "tenant": self._tenant}}
-        group = {"$group": {"_id": None, "jobs": {"$sum": 1}, "attempts": {"$sum": "$attempt"}}}
-        for row in self._db.jobs.aggregate([match, group], session=self._session):
-            return row["jobs"], row["attempts"]
-        return 0, 0
+    def count_jobs(self, responses: Sequence[str]) -> int:
+        """Jobs of some responses, counted by the server from its index alone."""
+        subjects = {"subject": {"$in": list(responses)}}
+        return self._db.jobs.count_documents(subjects, session=self._session, hint="by_subject")
 
     def hashes(self) -> dict[str, int]:
         """Each response's hash by identifier: to name the rows that differ."""

@@ -38,22 +38,34 @@ class Leaves:
 
     def add(self, value: Any) -> None:
         """Count every value in a JSON value."""
-        if isinstance(value, dict):
-            for inner in value.values():
-                self.add(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                self.add(inner)
-        elif value is not None:
-            self.rows += 1
-            if isinstance(value, str):
-                self.characters += len(value)
-                self.texts += crc32(value.encode())
-            elif isinstance(value, bool):
-                self.true += value
-            elif isinstance(value, int | float):
-                self.numbers += value
-                self.size += abs(value)
+        rows = characters = texts = true = 0
+        numbers = size = 0.0
+        left = [value]
+        while left:
+            one = left.pop()
+            kind = type(one)
+            if kind is str:
+                rows += 1
+                characters += len(one)
+                texts += crc32(one.encode())
+            elif kind is dict:
+                left += one.values()
+            elif kind is list:
+                left += one
+            elif kind is bool:
+                rows += 1
+                true += one
+            elif one is not None:
+                rows += 1
+                if isinstance(one, int | float):
+                    numbers += one
+                    size += abs(one)
+        self.rows += rows
+        self.characters += characters
+        self.texts += texts
+        self.true += true
+        self.numbers += numbers
+        self.size += size
 
     def differences(self, other: "Leaves", name: str) -> list[str]:
         found = [
@@ -89,11 +101,12 @@ class Tally:
     def add_document(self, document: Document) -> None:
         """Count the values of one response document."""
         self.answers.add(document.get("answers"))
-        for result in (document.get("results") or {}).values():
+        results = list((document.get("results") or {}).values())
+        for place, result in enumerate(results):
             if isinstance(result, dict) and isinstance(result.get("vector"), list):
                 self.vectors += 1
-                result = {name: value for name, value in result.items() if name != "vector"}
-            self.results.add(result)
+                results[place] = {name: value for name, value in result.items() if name != "vector"}
+        self.results.add(results)
 
     def flat(self) -> dict[str, int | float | str]:
         """Every figure by name. Hashes as text: a reader of JSON may have no 64-bit integers. Sums to nine digits."""
