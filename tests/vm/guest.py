@@ -115,16 +115,10 @@ class Guest:
         try:
             wait_until(lambda: not down(), "every service to run")
             wait_until(serves, "the front door to answer")
-            wait_until(lambda: self.ready(), "every instance of the API to be ready")
         except NotInTimeError as error:
             journal = self.ask("journalctl -b --no-pager -p warning -o short-monotonic | tail -n 60").out
             raise NotInTimeError(f"{error}; down: {down()}\n{journal}") from None
         return time.monotonic() - began
-
-    def ready(self) -> bool:
-        """Whether both instances of the API reach their stores."""
-        ask = "curl -sf -o /dev/null --max-time 60 --unix-socket /run/quern-api/%s.sock http://localhost/readyz"
-        return all(self.ask(ask % instance).status == 0 for instance in (1, 2))
 
     def _vm_host(self, act: str) -> str:
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
