@@ -159,7 +159,8 @@ def _settle(stack: Stack, killer: Killer, submitters: list[threading.Thread], sa
 
 def _left(stack: Stack) -> dict[str, int]:
     db = stack.runtime.store.db
-    unended = {"state": {"$in": ["blocked", "queued", "running"]}}
+    # Those of responses: nobody runs the periodic ones here.
+    unended = {"subject": {"$exists": True}, "state": {"$in": ["blocked", "queued", "running"]}}
     try:
         counts = {
             "outboxes": db.responses.count_documents({"outbox.at": {"$exists": True}}),
