@@ -14,7 +14,7 @@ UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes 
 PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* .ci/*)
 SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* .ci/*)
 
-.PHONY: help setup demo demo-check test lint test-app test-host lint-ansible format lock clean
+.PHONY: help setup demo demo-check test lint test-app test-waf bundle test-host test-host-full test-vm-smoke test-vm lint-ansible format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ demo: setup ## run the whole service with a sample form, and stay up until inter
 demo-check: setup ## the same without staying up: exit 0 only if every result is there and right
 	@$(BIN)/python -m quern.embedded.demo --check
 
-test: lint test-app ## everything that CI runs
+test: lint test-app test-waf ## everything that CI runs
 
 lint: setup ## style, types, shell, pinned requirements
 	$(BIN)/ruff check . $(PYTHON_SCRIPTS)
@@ -40,6 +40,9 @@ lint: setup ## style, types, shell, pinned requirements
 
 test-app: setup ## the Python package's tests, with real services
 	$(BIN)/python -m pytest tests/app tests/test_skip_policy.py
+
+test-waf: setup ## the front door as its role renders it (attacks, prose, streams, failover), and the rules of the alerts
+	$(BIN)/python -m pytest tests/waf tests/monitoring
 
 ANSIBLE_VENV := .venv-ansible
 ANSIBLE_STAMP = $(ANSIBLE_VENV)/quern-requirements-$(shell sha256sum requirements-ansible.txt | cut -c1-16)
@@ -54,7 +57,19 @@ ansible: $(ANSIBLE_STAMP) ## the environment that installs and tests hosts
 	@:
 
 test-host: setup ansible ## the whole site.yml on a blank Debian host in systemd-nspawn (root), then its tests
-	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" molecule test
+	@scripts/test-host core
+
+test-host-full: setup ansible ## the same, then every operator verb: restore on a second host, air-gapped, rotations
+	@scripts/test-host full
+
+test-vm-smoke: setup ansible ## a virtual machine boots, AppArmor enforces, a power cut loses nothing (root; minutes)
+	$(BIN)/python -m pytest -s -v tests/vm/test_smoke.py
+
+test-vm: setup ansible ## all that needs a kernel of its own: profiles, limits, pressure, reboot, power cuts, full disk (root)
+	$(BIN)/python -m pytest -s -v tests/vm/test_smoke.py tests/vm
+
+bundle: setup ansible ## quern-bundle.tar: all that site.yml installs, for hosts without a connection
+	$(ANSIBLE_VENV)/bin/python scripts/bundle
 
 lint-ansible: ansible ## ansible-lint (production) and yamllint
 	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" ansible-lint site.yml playbooks roles

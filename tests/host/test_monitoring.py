@@ -62,8 +62,9 @@ def test_an_alert_is_mailed(host: Host, place: Place, mail_relay: SmtpSink) -> N
     host.check_output(
         "curl -sS --fail -H 'Content-Type: application/json' -d %s http://127.0.0.1:9093/api/v2/alerts", alert
     )
-    mail = mail_relay.wait_for(lambda one: "ops@quern.example" in one.recipients, PATIENCE_SECONDS)
-    assert mail.message["Subject"] == "[firing] Rehearsal on quern.test"
+    # Others may fire on a host that has just been made.
+    mail = mail_relay.wait_for(lambda one: "Rehearsal" in str(one.message["Subject"]), PATIENCE_SECONDS)
+    assert mail.recipients == ("ops@quern.example",)
 
 
 def test_the_monitoring_takes_its_share_and_no_more(host: Host) -> None:
