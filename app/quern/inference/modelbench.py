@@ -32,7 +32,7 @@ TIMEOUT = 1800.0
 #: The job that speeds are weighed by: as many prompt tokens, as many new ones.
 JOB_PROMPT, JOB_ANSWER = 200, 64
 #: How much worse than the best a recommended type may be: perplexity as a factor, accuracy as a difference.
-PERPLEXITY_SLACK, ACCURACY_SLACK = 1.05, 0.04
+PERPLEXITY_SLACK, ACCURACY_SLACK = 1.05, 0.10
 
 
 class ProbeError(Exception):

@@ -194,7 +194,7 @@ class ModelProcess:
         start_backend(self._options.blas)
         model = Model(path)
         limits = Limits(
-            batch=settings.batch_size,
+            batch=self._options.batch,
             sequences=settings.max_sequences,
             reserved_sequences=settings.reserved_sequences,
             threads=self._options.threads,
@@ -202,7 +202,7 @@ class ModelProcess:
             adapt_threads=settings.adapt_threads,
         )
         context = Context(
-            model, settings.context, StepLoop.sequences_needed(limits), settings.batch_size, self._options
+            model, settings.context, StepLoop.sequences_needed(limits), self._options.batch, self._options
         )
         self._vocabulary = model.vocabulary
         self._template = ChatTemplate(model.chat_template, model.vocabulary)

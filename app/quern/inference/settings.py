@@ -42,13 +42,17 @@ class EngineSettings(BaseSettings):
     reserved_sequences: int = Field(
         2, ge=1, le=64, description="places beyond them that only user-waiting requests take"
     )
-    batch_size: int = Field(512, ge=32, le=4096, description="most tokens in one step")
+    batch_size: Annotated[int, Field(ge=32, le=4096)] | None = Field(
+        None, description="most tokens in one step; default: measured at the first start"
+    )
     max_waiting: int = Field(1000, ge=1, le=100_000, description="requests in the engine; more are told to come again")
     default_deadline: float = Field(600.0, gt=0, le=86_400, description="for requests that bring none")
     step_timeout: float = Field(
         120.0, gt=1, le=3600, description="a step that takes longer is taken for hung and killed"
     )
-    poll: int = Field(0, ge=0, le=100, description="how eagerly ggml's threads poll; above 0 they fight OpenBLAS's")
+    poll: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="how eagerly ggml's threads poll (they fight OpenBLAS's); default: measured"
+    )
     blas: bool | None = Field(None, description="OpenBLAS for prompts; default: measured at the first start")
     prefix_cache: bool = Field(True, description="compute what prompts of one tenant begin with in common only once")
     allow_fault_injection: bool = Field(False, description="for tests only: lets a client crash the model's process")
@@ -61,6 +65,6 @@ class EngineSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _steps_hold_every_sequence(self) -> EngineSettings:
-        if self.batch_size < self.max_sequences + self.reserved_sequences:
+        if self.batch_size is not None and self.batch_size < self.max_sequences + self.reserved_sequences:
             raise ValueError("batch_size: expected at least max_sequences + reserved_sequences")
         return self

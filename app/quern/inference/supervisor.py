@@ -309,13 +309,20 @@ class Supervisor:
             self._bury(code)
 
     async def _options(self) -> BackendOptions:
-        threads = self._settings.threads or len(os.sched_getaffinity(0))
-        blas = self._settings.blas
-        if blas is None and (model := self.models.get("chat")) is not None:
+        settings = self._settings
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        options = BackendOptions(threads, 0, blas=False)
+        drive = settings.poll is None or settings.batch_size is None
+        if (settings.blas is None or drive) and (model := self.models.get("chat")) is not None:
             file = model.files[0]
-            path = registry.file_path(model, file, self._settings.models)
-            blas = await tuning.blas_pays(path, file.sha256, self._settings.tuning)
-        return BackendOptions(threads, self._settings.poll, bool(blas))
+            path = registry.file_path(model, file, settings.models)
+            options = await tuning.choose(path, file.sha256, settings.tuning, threads, drive=drive)
+        return BackendOptions(
+            threads=options.threads,
+            poll=options.poll if settings.poll is None else settings.poll,
+            blas=options.blas if settings.blas is None else settings.blas,
+            batch=settings.batch_size or options.batch,
+        )
 
     async def _stop_process(self) -> int:
         process = self._process

@@ -1,11 +1,14 @@
-"""Whether OpenBLAS pays for this model on this machine: measured at the first start, remembered for the next ones.
+"""What is fastest for this model on this machine: measured at its first start, remembered for the next ones.
 
 OpenBLAS multiplies floats and so must unpack the weights first; ggml multiplies packed integers. Which is faster
-depends on the CPU and on the type of the weights. Each way is run in a process of its own, on one thread, and compared
-by the CPU time that it takes, which other work on the machine disturbs little. An OpenBLAS that crashes on this CPU or
-computes something else (old ones do, on CPUs that they do not know) is not used.
+depends on the CPU and on the type of the weights. Both ways are run in processes of their own, on one thread, and
+compared by the CPU time that they take, which other work on the machine disturbs little. An OpenBLAS that crashes on
+this CPU or computes something else (old ones do, on CPUs that they do not know) is not used.
 
-Run as `python -m quern.inference.tuning MODEL BLAS(0|1)`: prints a `Measurement` as JSON.
+How many threads, whether they poll, and how many tokens go into one step shows only in the time that passes. So these
+are measured when the cores are free; on a busy machine the usual values are taken, and the next start measures again.
+
+Run as `python -m quern.inference.tuning compute|drive MODEL BLAS(0|1) THREADS`: prints JSON.
 """
 
 from __future__ import annotations
@@ -20,45 +23,119 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from quern.inference.llama_options import BackendOptions
+from quern.inference.pace import free_cores
 
 log = logging.getLogger(__name__)
 
-PROMPT_TOKENS = 256
-REPETITIONS = 3
+#: Raised when what was remembered before cannot be believed any more.
+_LAYOUT = "3"
+PROMPT_TOKENS, REPETITIONS = 256, 3
+#: Above this size a model's file is measured with a shorter prompt: seconds instead of minutes.
+LARGE_FILE, SHORT_PROMPT_TOKENS = 1 << 30, 64
+ANSWER_TOKENS = 12
+POLLS, BATCHES = (0, 50), (256, 512)
+DRIVE_PROMPT_TOKENS, DRIVE_REPETITIONS = 128, 2
 #: The cosine of two ways' logits at the least: they round differently, and only that.
 LEAST_LIKENESS = 0.98
-TIMEOUT = 180.0
-#: Raised when what was remembered before cannot be believed any more.
-_LAYOUT = "2"
+#: What differs from the usual has to be this much faster: polling, and fewer threads than there are cores.
+POLL_GAIN, THREAD_GAIN = 0.97, 0.90
+#: A larger step makes everybody else wait longer, so it has to be this much faster for each token.
+BATCH_GAIN = 0.97
+#: The job that speeds are weighed by: as many prompt tokens, as many new ones.
+JOB_PROMPT, JOB_ANSWER = 200, 64
+COMPUTE_TIMEOUT, DRIVE_TIMEOUT = 300.0, 60.0
 
 
 class Measurement(NamedTuple):
-    """CPU seconds for a prompt of `PROMPT_TOKENS`, best of some, and the first logits that it led to."""
+    """CPU seconds for one prompt token on one thread, best of some, and the first logits that they led to."""
 
     seconds: float
     logits: list[float]
 
 
-def measure(path: Path, blas: bool) -> Measurement:
-    """Compute one prompt a few times in this process."""
+class Drive(NamedTuple):
+    """Seconds that pass: for a prompt token and a generated one by (polling, threads), for a prompt token by batch."""
+
+    jobs: dict[tuple[int, int], tuple[float, float]]
+    batches: dict[int, float]
+
+
+# ---- in the measuring processes
+
+
+def _open(path: Path, blas: bool) -> Any:
     from quern.inference import llama
-    from quern.inference.llama_options import BackendOptions
 
     llama.start_backend(blas)
-    model = llama.Model(path)
+    return llama.Model(path)
+
+
+def _tokens(path: Path, count: int) -> list[int]:
+    # Any tokens will do; these are ordinary words in every vocabulary.
+    return [500 + 7 * index for index in range(count if path.stat().st_size < LARGE_FILE else SHORT_PROMPT_TOKENS)]
+
+
+def measure(path: Path, blas: bool) -> Measurement:
+    """Compute one prompt a few times in this process, on one thread."""
+    from quern.inference import llama
+
+    model, tokens = _open(path, blas), _tokens(path, PROMPT_TOKENS)
     context = llama.Context(model, 2 * PROMPT_TOKENS, 1, PROMPT_TOKENS, BackendOptions(threads=1, poll=0, blas=blas))
     batch = llama.Batch(PROMPT_TOKENS)
-    # Any tokens will do; these are ordinary words in every vocabulary.
-    batch.add([500 + 7 * index for index in range(PROMPT_TOKENS)], 0, 0, wants_logits=True)
+    row = batch.add(tokens, 0, 0, wants_logits=True)
     best, logits = float("inf"), [0.0]
     for _ in range(REPETITIONS):
         context.clear()
         started = time.process_time()
         context.decode(batch)
-        logits = [float(value) for value in context.logits(PROMPT_TOKENS - 1)[:2000]]
+        logits = [float(value) for value in context.logits(row)[:2000]]
         best = min(best, time.process_time() - started)
-    return Measurement(best, logits)
+    return Measurement(best / len(tokens), logits)
+
+
+def measure_drive(path: Path, blas: bool, threads: int) -> Drive:
+    """Time prompts and answers by polling and threads, and prompts by batch, taking turns."""
+    from quern.inference import llama
+
+    model, tokens = _open(path, blas), _tokens(path, max(BATCHES))
+    ways = [(poll, count) for poll in POLLS for count in sorted({threads, (threads + 1) // 2}, reverse=True)]
+    largest = max(BATCHES)
+    contexts = {
+        way: llama.Context(model, 2 * largest, 1, largest, BackendOptions(way[1], way[0], blas)) for way in ways
+    }
+    batch = llama.Batch(largest)
+
+    def seconds(context: llama.Context, start: int, part: list[int]) -> float:
+        batch.clear()
+        batch.add(part, start, 0, wants_logits=True)
+        started = time.perf_counter()
+        context.decode(batch)
+        return time.perf_counter() - started
+
+    jobs: dict[tuple[int, int], tuple[float, float]] = {}
+    prompt = tokens[:DRIVE_PROMPT_TOKENS]
+    for _ in range(DRIVE_REPETITIONS):
+        for way, context in contexts.items():
+            context.clear()
+            first = seconds(context, 0, prompt) / len(prompt)
+            answer = min(seconds(context, len(prompt) + index, [index + 500]) for index in range(ANSWER_TOKENS))
+            before = jobs.get(way, (first, answer))
+            jobs[way] = (min(first, before[0]), min(answer, before[1]))
+    context = contexts[choose_way(jobs, threads)]
+    batches: dict[int, float] = {}
+    for _ in range(DRIVE_REPETITIONS):
+        for size in BATCHES:
+            context.clear()
+            parts = range(0, len(tokens), size)
+            taken = sum(seconds(context, start, tokens[start : start + size]) for start in parts)
+            batches[size] = min(taken / len(tokens), batches.get(size, float("inf")))
+    return Drive(jobs, batches)
+
+
+# ---- choosing
 
 
 def likeness(one: list[float], other: list[float]) -> float:
@@ -76,36 +153,77 @@ def decide(native: Measurement | None, blas: Measurement | None) -> bool:
     return blas.seconds < native.seconds and likeness(native.logits, blas.logits) >= LEAST_LIKENESS
 
 
-async def blas_pays(path: Path, sha256: str, memory: Path) -> bool:
-    """Whether to use OpenBLAS for this model: as remembered in the folder `memory`, or else measured now."""
-    place = memory / f"{_key(sha256)}.json"
+def choose_way(jobs: dict[tuple[int, int], tuple[float, float]], threads: int) -> tuple[int, int]:
+    """Polling and threads; the usual ones (no polling, all threads) unless others are clearly faster."""
+
+    def cost(way: tuple[int, int]) -> float:
+        prompt, answer = jobs[way]
+        gain = (POLL_GAIN if way[0] == 0 else 1.0) * (THREAD_GAIN if way[1] == threads else 1.0)
+        return (JOB_PROMPT * prompt + JOB_ANSWER * answer) * gain
+
+    return min(jobs, key=cost)
+
+
+def choose_batch(batches: dict[int, float]) -> int:
+    """The smallest batch that no larger one beats by much."""
+    best = min(batches.values())
+    return min(size for size, seconds in batches.items() if seconds * BATCH_GAIN <= best)
+
+
+# ---- measuring apart, and remembering
+
+
+async def choose(path: Path, sha256: str, memory: Path, threads: int, *, drive: bool = True) -> BackendOptions:
+    """How to compute with this model: as remembered in the folder `memory`, or else measured now.
+
+    Args:
+        drive: measure what takes free cores, too; without it only OpenBLAS is decided.
+    """
+    place = memory / f"{_key(sha256, threads)}.json"
+    remembered: dict[str, Any] = {}
     try:
-        return bool(json.loads(place.read_text(encoding="ascii"))["blas"])
+        remembered = json.loads(place.read_text(encoding="ascii"))
+        options = BackendOptions(**remembered["options"])
+        if remembered["complete"] or not drive:
+            return options
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    native, blas = await _measure_apart(path, blas=False), await _measure_apart(path, blas=True)
-    choice = decide(native, blas)
-    speeds = {
-        name: round(PROMPT_TOKENS / found.seconds) if found else None
-        for name, found in (("native", native), ("openblas", blas))
-    }
-    log.info("prompt tokens a second on one thread", extra={**speeds, "uses_openblas": choice})
+        native, blas = [await _apart("compute", path, blas=way, threads=1) for way in (False, True)]
+        ways = [Measurement(**found) if found else None for found in (native, blas)]
+        options = BackendOptions(threads, 0, decide(*ways))
+        remembered = {
+            "model": path.name,
+            "prompt_tokens_per_cpu_second": {
+                name: round(1 / found.seconds, 1) if found else None
+                for name, found in zip(("native", "openblas"), ways, strict=True)
+            },
+        }
+    complete = False
+    if drive and free_cores() >= threads and (found := await _apart("drive", path, blas=options.blas, threads=threads)):
+        jobs = {(poll, count): (prompt, answer) for poll, count, prompt, answer in found["jobs"]}
+        poll, count = choose_way(jobs, threads)
+        options = options._replace(poll=poll, threads=count, batch=choose_batch(dict(found["batches"])))
+        # Work of others that began meanwhile spoils it: then the next start measures again.
+        complete = free_cores() >= threads
+        remembered |= found
+    remembered |= {"options": options._asdict(), "complete": complete}
+    log.info("chosen how to compute", extra={**options._asdict(), "model": path.name, "complete": complete})
     try:
         memory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=memory, delete=False) as file:
-            json.dump({"blas": choice, "model": path.name, **speeds}, file)
+            json.dump(remembered, file, indent=1)
         Path(file.name).replace(place)
     except OSError as error:
         log.warning("the measurement is not remembered", extra={"folder": str(memory), "reason": error.strerror})
-    return choice
+    return options
 
 
-async def _measure_apart(path: Path, *, blas: bool) -> Measurement | None:
-    command = [sys.executable, "-m", "quern.inference.tuning", str(path), str(int(blas))]
+async def _apart(what: str, path: Path, *, blas: bool, threads: int) -> dict[str, Any] | None:
+    command = [sys.executable, "-m", "quern.inference.tuning", what, str(path), str(int(blas)), str(threads)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
-        return Measurement(**json.loads(output)) if process.returncode == 0 else None
+        limit = COMPUTE_TIMEOUT if what == "compute" else DRIVE_TIMEOUT
+        output, _ = await asyncio.wait_for(process.communicate(), limit)
+        return dict(json.loads(output)) if process.returncode == 0 else None
     except (TimeoutError, ValueError):
         return None
     finally:
@@ -114,14 +232,25 @@ async def _measure_apart(path: Path, *, blas: bool) -> Measurement | None:
             await process.wait()
 
 
-def _key(sha256: str) -> str:
+def _key(sha256: str, threads: int) -> str:
     """Everything that the outcome depends on."""
     first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     cpu = [line for line in first.splitlines() if line.startswith(("model name", "cpu family", "flags"))]
     openblas = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("OPENBLAS_")]
-    parts = [_LAYOUT, sha256, *cpu, *openblas, metadata.version("llama-cpp-python")]
+    parts = [_LAYOUT, sha256, str(threads), *cpu, *openblas, metadata.version("llama-cpp-python")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
+def main() -> None:
+    """Measure one thing in this process."""
+    what, path, blas, threads = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4])
+    if what == "compute":
+        sys.stdout.write(json.dumps(measure(path, blas)._asdict()))
+        return
+    found = measure_drive(path, blas, threads)
+    jobs = [[*way, *seconds] for way, seconds in found.jobs.items()]
+    sys.stdout.write(json.dumps({"jobs": jobs, "batches": list(found.batches.items())}))
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(Path(sys.argv[1]), sys.argv[2] == "1")._asdict()))
+    main()

@@ -57,6 +57,8 @@ class RunningEngine:
     def __init__(self, folder: Path, **settings: str) -> None:
         self.socket = folder / "engine.sock"
         self.log = folder / "engine.log"
+        # Given, so that no test's engine measures them first.
+        settings = {"poll": "0", "batch_size": "512", **settings}
         environment = {**os.environ, **{f"QUERN_ENGINE_{name.upper()}": value for name, value in settings.items()}}
         command = [sys.executable, "-m", "quern.inference.engine", "--socket", str(self.socket)]
         with self.log.open("ab") as log:

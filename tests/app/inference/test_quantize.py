@@ -107,7 +107,7 @@ def test_the_fastest_of_the_good_types_is_recommended() -> None:
     found = {
         "q8_0": _figures(4.0, 20.0, 0.90),
         "q5_k_m": _figures(3.0, 20.5, 0.90),
-        "q4_k_m": _figures(2.0, 20.9, 0.80),
+        "q4_k_m": _figures(2.0, 20.9, 0.70),
         "q4_0": _figures(1.0, 25.0, 0.90),
     }
     assert modelbench.recommend(found) == "q5_k_m"
