@@ -11,7 +11,9 @@ import orjson
 import pytest
 
 from quern.embedded.stack import Stack, temporary_stack
+from quern.openai import deltas
 from quern.store.connection import Db
+from quern.store.redis_connection import connect
 from quern.tenants import keys, tenant
 from tests.app.api.client import Client
 
@@ -50,6 +52,11 @@ class Lab:
         document = self.db.ai_requests.find_one({"_id": f"air_{re.split('[-_]', public_id, maxsplit=1)[1]}"})
         assert document is not None
         return [choice["text"] for choice in orjson.loads(document["answer"])["choices"]]
+
+    def forget_stream(self, public_id: str) -> bool:
+        """Let go of what Redis keeps of a stream, as time does; False when there was nothing."""
+        redis = connect(self.stack.runtime.store.redis_queue_url)
+        return bool(redis.delete(deltas.key(f"air_{public_id.removeprefix('resp_')}")))
 
     def plain(self, key: str | None) -> Client:
         """A client that sends what it is told."""

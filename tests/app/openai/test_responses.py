@@ -93,7 +93,7 @@ def test_a_background_response_is_answered_later(client: openai.OpenAI) -> None:
     assert ended(client, made.id).output_text
 
 
-def test_a_broken_stream_goes_on_after_the_last_event_seen(client: openai.OpenAI) -> None:
+def test_a_broken_stream_goes_on_after_the_last_event_seen(lab: Lab, client: openai.OpenAI) -> None:
     seen: list[Any] = []
     stream = client.responses.create(
         model=CHAT, input=LONG, max_output_tokens=100, temperature=0, background=True, stream=True
@@ -108,6 +108,7 @@ def test_a_broken_stream_goes_on_after_the_last_event_seen(client: openai.OpenAI
     assert numbers(seen + rest) == list(range(len(seen) + len(rest)))
     assert text_of(seen + rest) == client.responses.retrieve(identity).output_text
     # Long after, when nothing is on its way any more, it is told in the same pieces.
+    assert lab.forget_stream(identity)
     again = list(client.responses.retrieve(identity, stream=True, starting_after=5))
     assert [(event.sequence_number, event.type) for event in again] == [
         (event.sequence_number, event.type) for event in (seen + rest)[6:]
