@@ -37,8 +37,8 @@ from quern.store.connection import Db
 
 #: Tries of an answer that must fit a schema and did not, each with another seed.
 _TRIES = 3
-#: What a worker's `error` says of a job that a failure of the request itself ended; the detail is in the request.
-_KINDS = ("chat", "completion", "response")
+#: Kinds of requests that are answered with text.
+_TEXT_KINDS = ("chat", "completion", "response")
 
 
 class RequestFailed(Exception):
@@ -58,7 +58,7 @@ class Answering:
         self._engine, self._redis, self._settings = engine_client, redis, settings
 
     def handlers(self) -> list[Handler]:
-        text = [Handler(f"openai_{kind}", self._generate, self._on_end, keeps_result=False) for kind in _KINDS]
+        text = [Handler(f"openai_{kind}", self._generate, self._on_end, keeps_result=False) for kind in _TEXT_KINDS]
         return [*text, Handler("openai_embedding", self._embed, self._on_end, keeps_result=False)]
 
     def _begin(self, job: Job, context: Context) -> Asked:

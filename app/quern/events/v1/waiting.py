@@ -49,17 +49,18 @@ def _shown(desk: Desk, asked: Asked) -> answer.Json:
     ended = ledger.get(desk.db, asked.tenant, asked.id)
     failure = _failure(ended)
     if ended is None or failure is not None:
-        raise ApiError(failure.status, failure.message, code=failure.code, param=failure.param) if failure else GONE
+        failure = failure or _GONE
+        raise ApiError(failure.status, failure.message, code=failure.code, param=failure.param)
     return answer.whole(ended)
 
 
-GONE = ApiError(404, "The request was deleted.", code="not_found")
+_GONE = Failure(status=404, message="The request was deleted.", code="not_found")
 
 
 def _failure(ended: Asked | None) -> Failure | None:
     """What to tell a client whose request did not succeed."""
     if ended is None:
-        return Failure(status=404, message=GONE.message, code="not_found")
+        return _GONE
     if ended.outcome is not None:
         return None
     if ended.state == "cancelled":
@@ -146,7 +147,7 @@ class Following:
     def _end(self, ended: Asked | None) -> list[bytes]:
         failure = _failure(ended)
         if ended is None or failure is not None or ended.outcome is None:
-            return self.shape.fail(ended, failure or Failure(status=404, message=GONE.message, code="not_found"))
+            return self.shape.fail(ended, failure or _GONE)
         rest = self._rest(ended.outcome)
         if rest is None:
             message = "The answer had to be made again and came out differently from what was streamed; ask again."
