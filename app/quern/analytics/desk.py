@@ -50,6 +50,7 @@ class Desk:
     def __init__(self, warehouse: Warehouse, kept: Kept) -> None:
         self.warehouse, self.kept = warehouse, kept
         self._stamps: tuple[int, dict[str | None, str]] = (-1, {})
+        self._retired: dict[str | None, str] = {}
 
     def stamp(self, manifest: Manifest, tenant: str | None) -> str:
         """The stamp of a tenant's part of a manifest; kept, since it reads every path."""
@@ -120,6 +121,10 @@ class Desk:
         except NoWarehouseError:
             return 0
         for tenant in [*manifest.tenants, None]:
+            mark = self.stamp(manifest, tenant)
+            if self._retired.get(tenant) != mark:
+                self.kept.retire(mark)
+                self._retired[tenant] = mark
             for question in [*STANDARD, *self.kept.remembered(tenant)]:
                 if stop.is_set():
                     return made

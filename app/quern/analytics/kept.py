@@ -25,6 +25,8 @@ _FRESHNESS: Final = b"freshness"
 #: Of the answers that are held in memory besides: the ones asked last.
 _NEAR: Final = 256
 _NEAR_BYTES: Final = 1 << 20
+#: As long as the warehouse keeps the files that were replaced.
+_RETIRED_SECONDS: Final = 900
 #: Questions of a tenant that are remembered, to be answered anew after a publication.
 _REMEMBERED: Final = 30
 _REMEMBERED_SECONDS: Final = 7 * 86_400
@@ -82,6 +84,27 @@ class Kept:
             self._near.move_to_end(key)
             while len(self._near) > _NEAR:
                 self._near.popitem(last=False)
+
+    def retire(self, stamp: str) -> None:
+        """Let go of what is kept under other stamps of the same tenant: at once here, soon in Redis.
+
+        A list that was begun may go on for a while; what a person's erasure took away must not outlive it.
+        """
+        tenant = stamp.partition(":")[0]
+        own, current = f"{_PREFIX}:{tenant}:", f"{_PREFIX}:{stamp}:"
+        with self._lock:
+            for key in [key for key in self._near if key.startswith(own) and not key.startswith(current)]:
+                del self._near[key]
+        if self._redis is None:
+            return
+        try:
+            for raw in self._redis.scan_iter(match=f"{own}*", count=1000):
+                if not raw.startswith(current.encode()):
+                    # NX and LT would need Redis 7; a key without an end is none of ours.
+                    if int(self._redis.ttl(raw)) > _RETIRED_SECONDS:  # type: ignore[arg-type]
+                        self._redis.expire(raw, _RETIRED_SECONDS)
+        except RedisError:
+            _log.warning("Redis `cache` does not answer; old answers end by themselves", exc_info=True)
 
     def remember(self, tenant: str | None, question: Question) -> None:
         """Note that a question was asked, so that it is answered beforehand after the next publication."""

@@ -138,6 +138,23 @@ def test_standard_questions_and_those_asked_lately_are_answered_beforehand(place
     assert all(fresh.page(question, MINE, 10, None).cached for question in [*STANDARD, EACH])
 
 
+def test_what_was_kept_before_a_publication_ends_soon_after_it(place: Place, redis_cache: RedisServer) -> None:
+    desk = Desk(
+        Warehouse(place.root, place.engine, seconds=60), Kept(redis_connection.connect(lambda: place.url), 86_400)
+    )
+    desk.page(EACH, MINE, 5, None)
+    desk.page(EACH, OTHERS, 5, None)
+    place.publish_without(MINE)
+    desk.answer_beforehand(Event())
+    with redis_connection.connect(lambda: redis_cache.url) as redis:
+        ends = {
+            tenant: sorted(int(redis.ttl(key)) for key in redis.scan_iter(match=f"*:{tenant}:*{EACH.fingerprint}"))
+            for tenant in TENANTS
+        }
+    assert [end <= 900 for end in ends[MINE]] == [True, False]
+    assert [end <= 900 for end in ends[OTHERS]] == [False]
+
+
 def test_without_redis_every_question_is_answered(place: Place) -> None:
     away = replace(place, url="unix:///nonexistent/redis.sock")
     assert away.desk().page(EACH, MINE, 1000, None).rows == place.desk().page(EACH, MINE, 1000, None).rows
