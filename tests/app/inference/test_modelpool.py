@@ -172,7 +172,7 @@ def test_pinned_models_are_there_from_the_start_and_stay(
         blas="false",
     ) as engine:
         wait_until(lambda: "green" in _loaded(engine.client), "the pinned model to be loaded")
-        for name in ("red", "blue", "red"):
+        for name in ("red", "blue"):
             assert _ask(engine.client, name).model == name
             assert _loaded(engine.client) == {CHAT, "green", name}
 
