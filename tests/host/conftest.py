@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import ssl
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "app"))
 from quern.embedded.certificate import ServerCertificate
 from quern.embedded.receiver import Receiver
 from quern.embedded.smtp_sink import SmtpSink
+from tests.host.client import Client
 
+ROOT = Path(__file__).resolve().parents[2]
 RECEIVER_PORT = 8443
 MAIL_PORT = 2525
 
@@ -44,16 +48,25 @@ class Place:
         return f"https://{self.address}"
 
 
-@pytest.fixture(scope="session")
-def place() -> Place:
+def place_of(name: str) -> Place:
+    """Where a host of molecule/nspawn-host is."""
     cache = Path(os.environ.get("QUERN_CACHE") or Path.home() / ".cache" / "quern")
-    folder = cache / "hosts" / "running" / os.environ.get("QUERN_TEST_HOST", "quern")
+    folder = cache / "hosts" / "running" / name
     facts = json.loads((folder / "facts.json").read_text())
     return Place(facts["address"], facts["gateway"], Path(facts["key"]), Path(facts["known_hosts"]), folder)
 
 
 @pytest.fixture(scope="session")
+def place() -> Place:
+    return place_of(os.environ.get("QUERN_TEST_HOST", "quern"))
+
+
+@pytest.fixture(scope="session")
 def host(place: Place) -> Host:
+    return connect(place)
+
+
+def connect(place: Place) -> Host:
     """Commands run as root over SSH."""
     # One connection for all commands: the host takes only so many new ones a minute.
     shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={place.folder}/ssh-%C"
@@ -96,3 +109,62 @@ def tenant_key(host: Host) -> str:
     """The secret key of a tenant of the tests' own."""
     made = json.loads(host.check_output("quern tenant create host-tests --requests-per-minute 0 --json"))
     return str(made["key"])
+
+
+@pytest.fixture(scope="session")
+def client(place: Place, tenant_key: str, trusting: ssl.SSLContext) -> Client:
+    """A client with that key."""
+    return Client(place.url, tenant_key, trusting)
+
+
+@dataclass(frozen=True)
+class Played:
+    """How a playbook ended, and the tasks that changed something, each with its item."""
+
+    code: int
+    output: str
+    changed: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="session")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]:
+    """Runs a playbook against the host: `play("playbooks/deploy.yml", app_source=…)`; `environment` for another one."""
+
+    def run(playbook: str, environment: dict[str, str] | None = None, **variables: Any) -> Played:
+        changes = tmp_path_factory.mktemp("changes")
+        surroundings = {
+            **os.environ,
+            **(environment or {}),
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+            "ANSIBLE_CALLBACK_PLUGINS": str(ROOT / "molecule/callback_plugins"),
+            "ANSIBLE_CALLBACKS_ENABLED": "changes",
+            "QUERN_CHANGES": str(changes),
+        }
+        program = str(Path(sys.executable).parent / "ansible-playbook")
+        command = [program, "-i", str(ROOT / "molecule/inventory"), playbook, "-e", json.dumps(variables)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False, timeout=1200
+        )
+        (written,) = changes.glob("*.json")
+        changed = [(task, item) for task, item in json.loads(written.read_text())["changed"]]
+        return Played(done.returncode, done.stdout + done.stderr, changed)
+
+    return run
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Makes the source of another release: this checkout's, with a text added to one of its files."""
+
+    def make(file: str, text: str) -> Path:
+        source = tmp_path / "source"
+        (source / "app").mkdir(parents=True)
+        shutil.copytree(ROOT / "app/quern", source / "app/quern", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("app/pyproject.toml", "requirements.txt", "requirements-llama.txt"):
+            shutil.copy(ROOT / name, source / name)
+        with (source / file).open("a") as opened:
+            opened.write(text)
+        return source
+
+    return make

@@ -1,39 +1,15 @@
 """The main job, from outside: a response in by TLS; AI results, a signed webhook and a mail out."""
 
-import json
-import ssl
 import time
-import urllib.request
-from typing import Any
 
-import pytest
 from standardwebhooks.webhooks import Webhook
 
 from quern.embedded.receiver import Receiver
 from quern.embedded.smtp_sink import SmtpSink
-from tests.host.conftest import Place
+from tests.host.client import Client
 
 PATIENCE_SECONDS = 300
 COMMENT = "I waited two hours for my parcel, and the driver was rude. Please call me back about order 4711."
-
-
-class Client:
-    """HTTP and JSON by the standard library, as any integrator's would be."""
-
-    def __init__(self, url: str, key: str, trusting: ssl.SSLContext) -> None:
-        self._url, self._key, self._trusting = url, key, trusting
-
-    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        given = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json", **headers}
-        content = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self._url + path, content, given, method=method)
-        with urllib.request.urlopen(request, context=self._trusting, timeout=60) as answer:
-            return json.load(answer)
-
-
-@pytest.fixture(scope="module")
-def client(place: Place, tenant_key: str, trusting: ssl.SSLContext) -> Client:
-    return Client(place.url, tenant_key, trusting)
 
 
 def test_a_response_becomes_results_a_webhook_and_a_mail(

@@ -279,7 +279,9 @@ def main() -> None:
     unpack.add_argument("--snapshot", default="latest")
     unpack.add_argument("target", type=Path)
     verbs.add_parser("rekey", help="after a rotation of the password").add_argument("--repository", required=True)
-    verbs.add_parser("list", help="show the copies").add_argument("--repository", required=True)
+    listing = verbs.add_parser("list", help="show the copies")
+    listing.add_argument("--repository", required=True)
+    listing.add_argument("--json", action="store_true")
     for name, text in (("load", "put a dump in the place of the database"), ("dump", "write one")):
         verbs.add_parser(name, help=text).add_argument("folder", type=Path)
     sealing = verbs.add_parser("seal", help="as root: make a copy's keys this host's own")
@@ -301,7 +303,7 @@ def main() -> None:
         case "rekey":
             rekey(given.repository)
         case "list":
-            restic(given.repository, "snapshots", "--no-lock", "--tag", "quern")
+            restic(given.repository, "snapshots", "--no-lock", "--tag", "quern", *(["--json"] if given.json else []))
         case "seal":
             seal(given.keys, given.credentials, given.tls)
 

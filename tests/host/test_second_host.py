@@ -1,0 +1,76 @@
+"""A host without any connection is installed from a bundle, and takes over what another one backed up."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from testinfra.host import Host
+
+from tests.host.client import Client
+from tests.host.conftest import ROOT, Place, Played, connect, place_of
+from tests.host.test_backup import owned
+
+pytestmark = pytest.mark.full
+
+_CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
+
+
+@pytest.fixture(scope="module")
+def second() -> Iterator[Place]:
+    """A blank host that reaches this machine and nothing else."""
+    name = f"s{os.getpid()}"
+    program = str(ROOT / "molecule/nspawn-host")
+    subprocess.run([program, "create", name], check=True, stdout=subprocess.DEVNULL)
+    try:
+        place = place_of(name)
+        issue = [sys.executable, str(ROOT / "molecule/issue-certificate"), str(place.folder / "tls"), place.gateway]
+        subprocess.run(issue, check=True)
+        subprocess.run([program, "sever", name], check=True)
+        yield place
+    finally:
+        subprocess.run([program, "destroy", name], check=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "bundle.tar"
+    subprocess.run([sys.executable, str(ROOT / "scripts/bundle"), "--native", "--into", str(path)], check=True)
+    return path
+
+
+def test_a_blank_host_without_a_connection_takes_over_from_another(
+    host: Host,
+    client: Client,
+    second: Place,
+    bundle: Path,
+    play: Callable[..., Played],
+    tmp_path: Path,
+) -> None:
+    other = connect(second)
+    name_server = other.check_output("awk '/nameserver/ {print $2; exit}' /etc/resolv.conf")
+    assert other.run("python3 -c %s %s 53", _CONNECT, name_server).rc != 0
+    there = {"QUERN_TEST_HOST": second.folder.name, "QUERN_TEST_BUNDLE": str(bundle)}
+
+    installed = play("site.yml", environment=there)
+    assert installed.code == 0, installed.output
+
+    form = client.form("To be taken over")
+    client.call("POST", f"/api/v1/forms/{form}/responses", {"answers": {"comment": "Take me along."}})
+    copied = play("playbooks/backup.yml", backup_copy_to=str(tmp_path))
+    assert copied.code == 0, copied.output
+    password = host.check_output("quern-backup password")
+    taken = play(
+        "playbooks/restore.yml",
+        environment=there,
+        backup_copy_from=str(tmp_path / "quern-backup.tar"),
+        secrets_given={"quern-backup.restic_password": password},
+    )
+    assert taken.code == 0, taken.output
+    assert owned(other) == owned(host)
+    authority = "/etc/quern/tls/authority.pem"
+    assert other.file(authority).content == host.file(authority).content
+    health = "curl -sf --cacert /etc/quern/tls/authority.pem --connect-to quern.test:443:127.0.0.1:443 https://quern.test/healthz"
+    assert other.run(health).rc == 0
