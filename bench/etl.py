@@ -193,7 +193,7 @@ def _bare_rate(db: Db, server: Mongod, data: Path, limit: int) -> tuple[float, f
 
 
 def _cpu(server: int | None) -> float:
-    """Seconds of CPU that this process, the children it waited for and a server have used: a busy machine's clock lies."""
+    """Seconds of CPU that this process, its ended children and a server have used: a busy machine's clock lies."""
     of_server = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[11:13]
     ticks = os.sysconf("SC_CLK_TCK")
     return sum(os.times()[:4]) + sum(map(int, of_server)) / ticks
