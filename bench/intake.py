@@ -144,7 +144,18 @@ def driven(url: str, key: str, clients: int, seconds: float, folder: Path) -> tu
         f'wrk.method = "POST"\nwrk.body = {json.dumps(json.dumps({"answers": ANSWERS}))}\n'
         f'wrk.headers["Content-Type"] = "application/json"\nwrk.headers["Authorization"] = "Bearer {key}"\n'
     )
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "--latency", "-s", str(script), url]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds:.0f}s",
+        "--timeout",
+        "30s",
+        "--latency",
+        "-s",
+        str(script),
+        url,
+    ]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     if "Non-2xx" in text or "Socket errors" in text:
         raise RuntimeError(f"expected only 202 answers, found\n{text}")
