@@ -343,14 +343,15 @@ class _Plan:
         return {name: special.get(name, f"{alias}.{_quoted(name)}") for name in names if not PATH.fullmatch(name)}
 
     def _answers_suffice(self, paths: list[str], filters: Sequence[Filter]) -> bool:
-        """Whether one scan of `fact_answer` answers: one path in all, and nothing else that only a response knows."""
+        """Whether `fact_answer` answers: by paths only, and nothing else is asked that only a response knows."""
         question = self.question
-        names = {*question.dimensions, *(item.dimension for item in filters)} - set(paths)
-        if not names <= _OF_ANSWER or any(name.startswith("step.") for name in paths):
+        names = {*question.dimensions, *(item.dimension for item in filters)}
+        if not all(name in _OF_ANSWER or PATH.fullmatch(name) for name in names):
             return False
         if question.measure is Measure.ANSWER:
             return not paths
-        return len(paths) == 1 and question.measure in (Measure.RESPONSES, Measure.RESPONSE_TIME, Measure.FUNNEL)
+        answered = bool(paths) and not paths[0].startswith("step.")
+        return answered and question.measure in (Measure.RESPONSES, Measure.RESPONSE_TIME, Measure.FUNNEL)
 
     def _answers_alone(self, paths: list[str], filters: Sequence[Filter]) -> _Source:
         question = self.question
@@ -374,8 +375,12 @@ class _Plan:
             )
             scanned, where, key = f"({rows}) a", [], "a.value_"
         dimensions[asked] = key
+        tables = [scanned]
+        for place, name in enumerate(paths[1:], start=1):
+            tables.append(f"JOIN ({self._values(name)}) a{place} ON a{place}.response = a.response")
+            dimensions[name] = f"a{place}.value"
         value = "a.processing_seconds" if question.measure is Measure.RESPONSE_TIME else None
-        return _Source([scanned], where, dimensions, "a.created", value)
+        return _Source(tables, where, dimensions, "a.created", value)
 
     def _values(self, name: str) -> str:
         """Response and value, once each, of an answer, a result or a step."""
@@ -403,10 +408,10 @@ class _Plan:
 
     # Filters
 
-    def _response_condition(self, item: Filter) -> str:
+    def _response_condition(self, item: Filter, alias: str = "r") -> str:
         name = item.dimension
         if not PATH.fullmatch(name):
-            return self._condition(self._own_dimensions("r", [name])[name], item)
+            return self._condition(self._own_dimensions(alias, [name])[name], item)
         kind, path = self._path(name)
         wanted = item.values != [False] if item.op == "exists" else item.op != "not_in"
         if kind == "step":
@@ -420,14 +425,14 @@ class _Plan:
                 f"SELECT f.response FROM {self.scan('fact_answer')} f "
                 f"WHERE f.source = '{kind}' AND f.path = {self.bind(path)} AND {matching}"
             )
-        return f"r.response {'IN' if wanted else 'NOT IN'} ({inner})"
+        return f"{alias}.response {'IN' if wanted else 'NOT IN'} ({inner})"
 
     def _answer_side(self, filters: Sequence[Filter], alias: str = "a") -> list[str]:
         """Filters on rows of answers: those that such a row can answer itself, the others by its response."""
         where, others = [], []
         for item in filters:
-            if item.dimension in _OF_ANSWER:
-                where.append(self._condition(self._own_dimensions(alias, [item.dimension])[item.dimension], item))
+            if item.dimension in _OF_ANSWER or PATH.fullmatch(item.dimension):
+                where.append(self._response_condition(item, alias))
             else:
                 others.append(self._response_condition(item))
         if others:
