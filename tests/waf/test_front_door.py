@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from quern.embedded import demo
 from tests.waf.attacks import RESPONSES
 from tests.waf.conftest import UnixServer
 from tests.waf.front_door import FrontDoor
@@ -123,9 +124,8 @@ def ask(door: FrontDoor, method: str, path: str, body: bytes | None = None, **he
 
 @pytest.mark.parametrize("path", ["/api/v1/jobs/job_1/events", "/v1/chat/completions"])
 def test_the_first_byte_of_a_stream_arrives_while_it_is_open(door: FrontDoor, path: str) -> None:
-    socket = "events.sock" if path.endswith("/events") else "api-1.sock"
     method, body = ("GET", None) if path.endswith("/events") else ("POST", b'{"stream": true}')
-    with upstream(door.directory / socket) as handler:
+    with upstream(door.directory / "events.sock") as handler:
         connection = http.client.HTTPSConnection(
             "127.0.0.1", door.port, timeout=60, context=door.certificate.client_context()
         )
@@ -206,10 +206,45 @@ def test_under_v1_a_refusal_has_the_shape_that_clients_of_it_know(door: FrontDoo
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
-def test_a_prompt_may_hold_code(door: FrontDoor, first: type[Upstream]) -> None:
-    first.release.set()
+def test_a_prompt_may_hold_code_and_a_file_any_number_of_them(door: FrontDoor) -> None:
     prompt = b'{"messages": [{"role": "user", "content": "Mend: SELECT * FROM t WHERE 1=1 -- <script>x</script>"}]}'
-    assert ask(door, "POST", "/v1/chat/completions", prompt)[0].status == 200
+    upload = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        + prompt * 40_000
+        + b"\r\n--x--\r\n"
+    )
+    with upstream(door.directory / "events.sock") as handler:
+        handler.release.set()
+        assert ask(door, "POST", "/v1/chat/completions", prompt)[0].status == 200
+        assert ask(door, "POST", "/v1/files", upload, Content_Type="multipart/form-data; boundary=x")[0].status == 200
+
+
+def test_a_body_that_is_too_large_is_a_problem_document(door: FrontDoor) -> None:
+    for path, limit in (("/api/v1/forms", 3 << 20), ("/v1/files", 40 << 20)):
+        response, body = ask(door, "POST", path, b'"' + b"x" * limit + b'"')
+        assert response.status == 413
+        assert ("error" if path.startswith("/v1") else "status") in json.loads(body)
+
+
+def test_the_demos_form_is_accepted(door: FrontDoor, first: type[Upstream]) -> None:
+    form = json.dumps(demo._form("whe_0123456789ABCDEFGHJKMNPQRS")).encode()  # the very one that `make demo` sends
+    assert ask(door, "POST", "/api/v1/forms", form)[0].status == 200
+    assert first.seen
+
+
+@pytest.mark.parametrize(
+    "text", ["more", "less", "at", "start", "Good food & more", "I'd like less; more or less", "net\nip"]
+)
+def test_an_answer_that_is_also_a_commands_name_passes(door: FrontDoor, first: type[Upstream], text: str) -> None:
+    assert ask(door, "POST", RESPONSES, json.dumps({"answers": {"comment": text}}).encode())[0].status == 200
+    assert first.seen
+
+
+def test_sql_is_accepted_where_it_is_asked_for_and_nowhere_else(door: FrontDoor, first: type[Upstream]) -> None:
+    sql = b'{"sql": "SELECT count(*) FROM fact_response WHERE 1 = 1 UNION SELECT 2 -- all"}'
+    assert ask(door, "POST", "/api/v1/analytics/sql", sql)[0].status == 200
+    assert ask(door, "POST", "/api/v1/analytics/questions", sql)[0].status == 403
+    assert first.seen == [("POST", "/api/v1/analytics/sql")]
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data; boundary=x"])
@@ -223,7 +258,14 @@ def test_a_target_that_cannot_be_read_is_a_problem_document_too(door: FrontDoor)
     assert (response.status, json.loads(body)["status"]) == (400, 400)
 
 
-def test_one_address_cannot_ask_without_end(door: FrontDoor, first: type[Upstream]) -> None:
-    statuses = [ask(door, "GET", "/healthz")[0].status for _ in range(300)]
-    assert statuses.count(429) > 0
-    assert first.seen
+def test_one_address_cannot_ask_without_end() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="q-", dir="/tmp") as folder,
+        FrontDoor(Path(folder), nginx_requests_per_second=1, nginx_burst=2) as strict,
+        upstream(Path(folder) / "api-1.sock"),
+    ):
+        statuses: list[int] = []
+        while 429 not in statuses and len(statuses) < 600:
+            statuses.append(ask(strict, "GET", "/healthz")[0].status)
+    assert statuses[0] == 200
+    assert statuses[-1] == 429
