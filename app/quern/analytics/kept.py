@@ -99,10 +99,9 @@ class Kept:
             return
         try:
             for raw in self._redis.scan_iter(match=f"{own}*", count=1000):
-                if not raw.startswith(current.encode()):
-                    # NX and LT would need Redis 7; a key without an end is none of ours.
-                    if int(self._redis.ttl(raw)) > _RETIRED_SECONDS:
-                        self._redis.expire(raw, _RETIRED_SECONDS)
+                # NX and LT would need Redis 7; a key without an end is none of ours.
+                if not raw.startswith(current.encode()) and int(self._redis.ttl(raw)) > _RETIRED_SECONDS:
+                    self._redis.expire(raw, _RETIRED_SECONDS)
         except RedisError:
             _log.warning("Redis `cache` does not answer; old answers end by themselves", exc_info=True)
 
