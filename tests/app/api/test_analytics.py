@@ -1,9 +1,9 @@
 """Statistics by the API: of one's own responses, and never at the price of the rest."""
 
 from quern.analytics.etl import BusyError, Etl
-from tests.app.api.client import Client, House, until
+from tests.app.api.client import Client, House, Json, until
 
-FIELDS = [
+FIELDS: list[Json] = [
     {"name": "sector", "type": "choice", "options": [{"value": "health"}, {"value": "retail"}]},
     {"name": "comment", "type": "long_text"},
 ]
