@@ -71,9 +71,9 @@ def _published(desk: Desk) -> set[tuple[str, str]]:
     return {(row["response"], row["status"]) for row in desk.rows("fact_response")}
 
 
-def _change(desk: Desk, chance: random.Random) -> None:
-    """A new response, one that ends late, one that is erased; in any month."""
-    days = [date(2026, 3, 1) + timedelta(days=chance.randrange(40)), yesterday()]
+def _change(desk: Desk, chance: random.Random, span: int = 40) -> None:
+    """A new response, one that ends late, one that is erased; on any of `span` days of two closed months, and now."""
+    days = [date(2026, 3, 28) + timedelta(days=chance.randrange(span)), yesterday()]
     for day in days:
         desk.submit(moment(day), {"comment": f"number {chance.random()}"})
     open_ones = [row["_id"] for row in desk.db.responses.find({"status": "processing"}, {"_id": 1}).sort("_id", 1)]
@@ -85,16 +85,16 @@ def _change(desk: Desk, chance: random.Random) -> None:
 def test_killed_at_any_point_the_published_warehouse_is_whole(desk: Desk, mongod: Mongod, tmp_path: Path) -> None:
     chance = random.Random(20)
     for _ in range(6):
-        _change(desk, chance)
+        _change(desk, chance, span=8)
     runs = _Runs(desk, mongod, tmp_path / "touches")
     assert runs() == 0
     assert desk.holds()
-    _change(desk, chance)
+    _change(desk, chance, span=8)
     assert runs() == 0
     most, expected, generation, killed = runs.touches, _stored(desk), desk.manifest.generation, 0
     assert most > _KILLS
     for _ in range(_KILLS):
-        _change(desk, chance)
+        _change(desk, chance, span=8)
         killed += runs(kill_at=chance.randrange(1, most)) == -signal.SIGKILL
         if desk.manifest.generation != generation:
             expected, generation = _stored(desk), desk.manifest.generation
