@@ -45,7 +45,7 @@ def test_nothing_accepted_is_lost_when_workers_and_mongod_are_killed(
     for number, victim in zip(range(RESPONSES), VICTIMS, strict=True):
         accepted.append(submit(client, form, f"Parcel {number} came two days late, and nobody answered my calls."))
         before = host.check_output("systemctl show -p MainPID --value %s", victim)
-        host.check_output("systemctl kill -s SIGKILL %s", victim)
+        host.check_output("systemctl kill --kill-whom=main -s SIGKILL %s", victim)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while host.check_output("systemctl show -p MainPID --value %s", victim) in ("0", before):
             assert time.monotonic() < deadline, f"expected {victim} to come back"
