@@ -149,6 +149,17 @@ PROBES: dict[str, Probe] = {
     "GET /keys/{key}": Probe(lambda w: f"/keys/{w.key}"),
     "DELETE /keys/{key}": Probe(lambda w: f"/keys/{w.fresh_key()}"),
     "GET /audit": Probe(lambda _: "/audit", nothing=_empty),
+    "GET /analytics": Probe(lambda _: "/analytics", nothing=lambda answer: answer.status == 200),
+    # What they answer depends on what was published: who sees what is told in `test_analytics`. Here: who may ask.
+    **{
+        f"POST /analytics/{name}": Probe(
+            lambda _, name=name: f"/analytics/{name}",  # type: ignore[misc]
+            lambda _: {},
+            422,
+            nothing=lambda answer: answer.status == 422,
+        )
+        for name in ("questions", "files", "charts", "sql")
+    },
     "GET /webhooks": Probe(lambda _: "/webhooks", nothing=_empty),
     "POST /webhooks": Probe(
         lambda _: "/webhooks",
