@@ -21,9 +21,9 @@ class Nginx(ChildProcess):
     """Listens on one loopback port; everything it writes stays in `directory`.
 
     `event_streams` are regular expressions (PCRE) of paths that are served unbuffered by `events_socket`, as `/v1` is.
-    Bodies over `body_megabytes` (under `/v1`: `file_megabytes`) are refused before the API sees them, and so is everything
-    while an upstream is away; both with an error in the form of the path. The port stays the same over restarts; `port`
-    is only a wish.
+    Bodies over `body_megabytes` (under `/v1`: `file_megabytes`) are refused before the API sees them, and so is
+    everything while an upstream is away; both with an error in the form of the path. The port stays the same over
+    restarts; `port` is only a wish.
     """
 
     def __init__(
