@@ -30,9 +30,7 @@ CACHE = Path(os.environ.get("QUERN_CACHE", Path.home() / ".cache" / "quern"))
 def texts(count: int, seed: int) -> list[str]:
     """Lengths as of answers to an open question: most are short, a few fill the model's context."""
     rng, words = random.Random(seed), WORDS.split()
-    return [
-        " ".join(rng.choices(words, k=min(220, 3 + int(rng.lognormvariate(2.9, 0.9))))) for _ in range(count)
-    ]
+    return [" ".join(rng.choices(words, k=min(220, 3 + int(rng.lognormvariate(2.9, 0.9))))) for _ in range(count)]
 
 
 PEER = """

@@ -90,10 +90,10 @@ def describe_questions(call: Call) -> Reply:
     body=Question,
     query=AskQuery,
     answers={200: AnswerPage},
-    transaction=False,
+    safe=True,
 )
 def ask_question(call: Call) -> Reply:
-    """Changes nothing. Send the same question with `cursor` for the next page; 409 when the warehouse has moved on."""
+    """Send the same question with `cursor` for the next page; 409 when the warehouse has moved on."""
     question, query = call.body, call.query
     return Reply(_answered(lambda: call.runtime.questions.page(question, call.tenant, query.limit, query.cursor)))
 
@@ -106,7 +106,7 @@ def ask_question(call: Call) -> Reply:
     body=Question,
     query=FileQuery,
     answers={200: "text/csv, application/vnd.apache.parquet, application/vnd.apache.arrow.stream"},
-    transaction=False,
+    safe=True,
 )
 def ask_for_file(call: Call) -> Reply:
     """CSV, Parquet, or an Arrow stream. The latter two hold the freshness in their metadata."""
@@ -121,7 +121,7 @@ def ask_for_file(call: Call) -> Reply:
     body=Question,
     query=ChartQuery,
     answers={200: "image/svg+xml, image/png"},
-    transaction=False,
+    safe=True,
 )
 def ask_for_chart(call: Call) -> Reply:
     """Lines over time where the question has a grain, else bars."""
@@ -135,7 +135,7 @@ def ask_for_chart(call: Call) -> Reply:
     summary="Run SQL over your rows",
     body=Statement,
     answers={200: SqlRows},
-    transaction=False,
+    safe=True,
 )
 def run_sql(call: Call) -> Reply:
     """One SELECT, in a process that can read your part of the warehouse and nothing else, within limits on its time
