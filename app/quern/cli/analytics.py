@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from quern.cli.output import emit, emit_json, fail, json_option
+from quern.cli.output import emit, emit_json, emit_outcome, fail, json_option
 
 # The engine and Arrow are large: only a command that needs them loads them.
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def _settings() -> "tuple[ProcessSettings, Path]":
 @click.argument("statement", required=False)
 @click.option("--tenant", "tenant_id", help="Only this tenant's rows are in reach; default: all tenants'.")
 @click.option("--rows", type=click.IntRange(1, 100_000), default=100, show_default=True, help="At most so many.")
-@click.option("--seconds", type=click.FloatRange(0.1, 3600), default=30.0, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1, 3600), default=30.0, show_default=True, help="How long it may take."
+)
 @click.option("--memory", type=click.IntRange(64, 1 << 20), default=512, show_default=True, help="In MB.")
 @json_option
 def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float, memory: int, as_json: bool) -> None:
@@ -85,7 +87,8 @@ def _distinct(columns: list[str]) -> list[str]:
 @click.option("--tenant", "tenant_id", help="Of this tenant; default: of all together.")
 @click.option("--days", type=click.IntRange(1, 3660), default=90, show_default=True, help="Up to the last full day.")
 @click.option("--zone", default="UTC", show_default=True, help="IANA time zone of its days.")
-def report(target: Path, tenant_id: str | None, days: int, zone: str) -> None:
+@json_option
+def report(target: Path, tenant_id: str | None, days: int, zone: str, as_json: bool) -> None:
     """Write one HTML file with the usual questions and their plots to TARGET."""
     from pydantic import ValidationError
 
@@ -106,4 +109,5 @@ def report(target: Path, tenant_id: str | None, days: int, zone: str) -> None:
         fail("; ".join(item["msg"] for item in error.errors()))
     target.write_text(made, encoding="utf-8")
     target.chmod(0o640)
-    click.echo(f"{target}: {len(made) // 1024} KB")
+    size = len(made.encode())
+    emit_outcome({"file": str(target), "bytes": size, "outcome": f"{target}: {size // 1024} KB"}, as_json)

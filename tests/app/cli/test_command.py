@@ -14,7 +14,7 @@ from quern.store import clock
 from tests.app.api.client import Client, House, Json, until
 from tests.app.cli.conftest import Quern
 
-PROCESSES = {"api", "events", "relay", "scheduler", "worker", "engine"}
+PROCESSES = {"api", "events", "relay", "scheduler", "worker", "engine", "analytics"}
 
 
 def _commands(group: click.Group, words: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
