@@ -4,15 +4,13 @@ Imports neither an engine nor Arrow: the API's processes check questions and lea
 """
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal
 from zoneinfo import available_timezones
 
 from pydantic import (
-    AfterValidator,
-    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,6 +18,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from quern.store.moment import Moment
 
 #: Dimensions besides these: `answer.<field>`, `result.<step>.<member>` and `step.<step>`, see `PATH`.
 RESPONSE_DIMENSIONS: Final = {
@@ -130,13 +130,6 @@ Member = Literal["respondent", "user"]
 SPECIAL: Final = frozenset({Measure.FUNNEL, Measure.COHORTS, Measure.TERMS, Measure.SIMILAR})
 COUNTED: Final = frozenset({Measure.RESPONSES, Measure.JOBS, Measure.AUDIT_ENTRIES})
 
-
-def _in_milliseconds(moment: datetime) -> datetime:
-    moment = moment.astimezone(UTC)
-    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
-
-
-Moment = Annotated[AwareDatetime, AfterValidator(_in_milliseconds)]
 Text = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")]
 Number = Annotated[float, Field(strict=True, ge=-1e15, le=1e15, allow_inf_nan=False)]
 Value = Annotated[bool, Field(strict=True)] | Number | Text

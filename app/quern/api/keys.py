@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery, page
 from quern.api.problem import Fault, Problem, not_found
 from quern.store import clock
 from quern.store.connection import Document
+from quern.store.moment import Moment
 from quern.tenants import keys
 
 edge = Edge("keys")

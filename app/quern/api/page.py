@@ -5,9 +5,8 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quern.api import moment
 from quern.api.problem import Fault, Problem
-from quern.store import cursor
+from quern.store import cursor, moment
 
 Item = TypeVar("Item", bound=BaseModel)
 

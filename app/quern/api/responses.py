@@ -11,7 +11,6 @@ import orjson
 import pymongo
 from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, TypeAdapter, ValidationError
 
-from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery, page
 from quern.api.problem import Fault, Problem, invalid, not_found
@@ -24,6 +23,7 @@ from quern.responses import intake
 from quern.responses import response as store
 from quern.store import clock
 from quern.store.connection import Document
+from quern.store.moment import Moment
 from quern.workflows import run
 from quern.workflows.definition import Workflow, parsed
 from quern.workflows.forget import forgetting

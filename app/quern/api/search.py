@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pymongo.errors import PyMongoError
 
 from quern.analytics.breaker import Breaker, CircuitOpenError
-from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply
 from quern.api.problem import Problem, away, not_found
 from quern.api.responses import ANSWER_PATH, as_kept
@@ -30,6 +29,7 @@ from quern.inference.protocol import EmbedRequest
 from quern.responses import response as responses
 from quern.search import vectors
 from quern.search.nearest import Among, nearest
+from quern.store.moment import Moment
 
 edge = Edge("search")
 

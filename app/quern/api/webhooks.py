@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from quern.api.jobs import Job
 from quern.api.jobs import show as show_job
-from quern.api.moment import Moment
 from quern.api.operation import Call, Edge, Reply
 from quern.api.page import Page, PageQuery
 from quern.api.problem import Fault, Problem, not_found
@@ -15,6 +14,7 @@ from quern.jobs import queue
 from quern.jobs.model import NewJob, State
 from quern.observe.traces import traceparent
 from quern.store import clock, cursor, identifier
+from quern.store.moment import Moment
 from quern.webhooks import deliveries, endpoints
 from quern.webhooks.endpoints import DisabledReason, EndpointChange, EndpointDraft
 from quern.webhooks.guard import ForbiddenURLError

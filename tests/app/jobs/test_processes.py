@@ -199,9 +199,9 @@ def test_periodic_and_urgent_work_is_done_by_the_workers_of_its_queue(store: Sto
 
 def test_a_worker_in_a_flood_of_one_tenant_comes_to_another_after_a_few_jobs(store: Store, start: Start) -> None:
     """Four at a time: ahead of the single one are those that were claimed when it came, and few turns."""
-    start("worker")
     flood = [new_job("nap", tenant="ten_flood", payload={"seconds": 0.05}) for _ in range(10_000)]
     enqueue(store, *flood)
+    start("worker")
     wait_until(lambda: store.db.effects.estimated_document_count() > 20, "the worker to be in the flood")
     [single] = enqueue(store, new_job("nap", tenant="ten_single", payload={"seconds": 0.05}))
     came = clock.now()

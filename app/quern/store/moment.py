@@ -24,6 +24,8 @@ def in_utc(moment: datetime) -> datetime:
 
 def _rfc3339(value: Any) -> Any:
     # pydantic alone also takes numbers, and days without a time.
+    if isinstance(value, datetime):
+        return value
     if not isinstance(value, str) or not _RFC3339.fullmatch(value):
         raise ValueError("expected a moment in RFC 3339 with a time zone, for example 2026-11-22T00:00:00Z")
     return value
