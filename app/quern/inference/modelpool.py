@@ -208,10 +208,11 @@ class ModelPool:
         if resident.loading is None:
             return
         task, resident.loading, resident.ready_since = resident.loading, None, None
+        # First: a request that comes while the process ends must wait for the next one, not be given to this one.
+        resident.supervisor.park()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        resident.supervisor.park()
 
     # ---- what there is
 

@@ -189,9 +189,11 @@ class Supervisor:
             self._go_on()
 
     def park(self) -> None:
-        """Note that there is no model process any more, by intention; requests wait until `run` is called again."""
+        """Note that the model process ends, by intention; requests wait until `run` is called again."""
         self._held = False
         self._health = Health(status="starting", detail="the model is not loaded")
+        for pending in self._pending.values():
+            pending.at_work = False
 
     def expire(self) -> None:
         """End the requests whose deadline has passed."""

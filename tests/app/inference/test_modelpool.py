@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -126,6 +128,24 @@ def test_a_model_at_work_is_never_let_go_of_and_the_other_still_gets_its_turn(ro
     assert isinstance(found, Generation)
     assert found.completion_tokens == 120
     assert ended.index("long") < ended.index("other") < len(ended) - 1
+
+
+def test_a_request_for_a_model_that_is_being_let_go_of_is_answered_by_its_next_load(
+    room_for_one: RunningEngine, wait_until: WaitUntil
+) -> None:
+    client = room_for_one.client
+    _ask(client, "red")
+    answers: list[Generation] = []
+    other = threading.Thread(target=lambda: answers.append(_ask(client, "green")))
+    # A process that is stopped takes its time to end: the request below comes in the midst of it.
+    newest = int(room_for_one._children()[-1])
+    os.kill(newest, signal.SIGSTOP)
+    other.start()
+    wait_until(lambda: "red" not in _loaded(client), "the model to be let go of")
+    assert str(newest) in room_for_one._children()
+    assert _ask(client, "red", deadline=60.0).model == "red"
+    other.join(timeout=180)
+    assert [answer.model for answer in answers] == ["green"]
 
 
 def test_a_request_that_waits_for_room_ends_at_its_deadline_and_holds_nobody_up(room_for_one: RunningEngine) -> None:
