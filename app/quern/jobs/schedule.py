@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from pymongo.errors import DuplicateKeyError
 
-from quern.jobs import queue, turns
+from quern.jobs.enqueue import Enqueuer
 from quern.jobs.handler import Tick
 from quern.store import clock
 from quern.store.connection import Store
@@ -21,21 +21,17 @@ def latest_tick(tick: Tick, now: datetime) -> datetime:
     return datetime.fromtimestamp((minutes - (minutes - tick.at) % tick.every) * 60, UTC)
 
 
-def run_due(store: Store, ticks: Sequence[Tick], now: datetime | None = None) -> queue.Opened:
-    """Make the job of every tick that is due and not made yet; returns the work opened."""
+def run_due(store: Store, enqueue: Enqueuer, ticks: Sequence[Tick], now: datetime | None = None) -> None:
+    """Make the job of every tick that is due and not made yet."""
     db, moment = store.db, now or clock.now()
-    opened: queue.Opened = []
     for tick in ticks:
         at = latest_tick(tick, moment)
         seen = db.schedule.find_one({"_id": tick.name})
         if seen and seen["made"] >= at:
             continue
-        made = queue.insert(db, [tick.make(at)])
-        turns.open_many(db, made)
+        enqueue(tick.make(at))
         # Last: whoever dies before this makes the same job again, which changes nothing.
         db.schedule.update_one({"_id": tick.name}, {"$max": {"made": at}}, upsert=True)
-        opened += made
-    return opened
 
 
 def take_lead(store: Store, name: str, holder: str, seconds: float) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from pymongo.errors import PyMongoError
 
 from quern.jobs import reconciler, schedule
+from quern.jobs.enqueue import Enqueuer
 from quern.jobs.handler import Registry, Tick
 from quern.jobs.wake import Waker
 from quern.store.connection import Store
@@ -27,10 +28,6 @@ class Chore:
     name: str
     every: float
     do: Callable[[], object]
-
-
-def _tick(store: Store, waker: Waker, tick: Tick) -> None:
-    waker.wake_all(schedule.run_due(store, [tick]))
 
 
 def _chore(store: Store, chore: Chore, holder: str) -> None:
@@ -60,13 +57,14 @@ def main(
     holder = f"{socket.gethostname()}:{os.getpid()}"
     next_run = {chore.name: 0.0 for chore in chores}
     next_ticks = 0.0
+    enqueue = Enqueuer(store, waker)
     while not stop.is_set():
         began = time.monotonic()
         _attempt("reconcile", lambda: reconciler.reconcile(store, registry, waker))
         if began >= next_ticks:
             next_ticks = began + _TICK_EVERY
             for tick in ticks:
-                _attempt(tick.name, partial(_tick, store, waker, tick))
+                _attempt(tick.name, partial(schedule.run_due, store, enqueue, [tick]))
         for chore in chores:
             if began >= next_run[chore.name]:
                 next_run[chore.name] = began + chore.every

@@ -18,6 +18,7 @@ from quern.cli.main import main
 from quern.cli.runtime import open_runtime
 from quern.config import LiveSettings, Settings
 from quern.jobs import schedule
+from quern.jobs.enqueue import Enqueuer
 from quern.jobs.handler import Context, RetryLater
 from quern.jobs.model import Job
 from quern.runtime import Runtime
@@ -58,7 +59,7 @@ def test_the_nightly_job_fills_the_warehouse(desk: Desk, configured: Settings) -
     store = Store(live)
     now = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)
     for _ in range(2):
-        schedule.run_due(store, runtime.ticks, now)
+        schedule.run_due(store, Enqueuer(store, runtime.waker), runtime.ticks, now)
     jobs = list(store.db.jobs.find({"kind": {"$in": [handler.RUN, handler.PRUNE]}}))
     assert sorted((job["kind"], job["queue"]) for job in jobs) == [(handler.PRUNE, "low"), (handler.RUN, "low")]
     work = runtime.registry.get(handler.RUN)

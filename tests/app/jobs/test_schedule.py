@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quern.jobs import queue, schedule, scheduler
+from quern.jobs.enqueue import Enqueuer
 from quern.jobs.handler import Registry, Tick
 from quern.jobs.model import NewJob, Queue
 from quern.jobs.wake import Waker
@@ -24,6 +25,10 @@ def nightly(name: str = "nightly", every: int = 1440, at: int = 90) -> Tick:
 
 def made(store: Store) -> list[str]:
     return sorted(str(job["payload"]["at"]) for job in store.db.jobs.find())
+
+
+def run_due(store: Store, now: datetime) -> None:
+    schedule.run_due(store, Enqueuer(store, Waker(store.redis_queue_url)), [nightly()], now)
 
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -43,28 +48,33 @@ def test_the_latest_tick_is_the_last_one_that_was_due(now: datetime, every: int,
 
 def test_several_schedulers_make_one_job_a_tick(store: Store) -> None:
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: schedule.run_due(store, [nightly()], NOON), range(12)))
+        list(
+            pool.map(
+                lambda _: run_due(store, NOON),
+                range(12),
+            )
+        )
     assert made(store) == ["2026-11-22T01:30:00+00:00"]
 
 
 def test_a_tick_is_made_once_though_it_is_looked_at_often(store: Store) -> None:
     for minute in range(5):
-        schedule.run_due(store, [nightly()], NOON + timedelta(minutes=minute))
+        run_due(store, NOON + timedelta(minutes=minute))
     assert len(made(store)) == 1
     assert queue.claim(store.db, "low", 60) is not None
     assert queue.claim(store.db, "low", 60) is None
 
 
 def test_a_missed_tick_is_caught_up_once(store: Store) -> None:
-    schedule.run_due(store, [nightly()], NOON)
-    schedule.run_due(store, [nightly()], NOON + timedelta(days=3))
+    run_due(store, NOON)
+    run_due(store, NOON + timedelta(days=3))
     assert made(store) == ["2026-11-22T01:30:00+00:00", "2026-11-25T01:30:00+00:00"]
 
 
 def test_a_scheduler_that_died_before_it_took_note_changes_nothing(store: Store) -> None:
-    schedule.run_due(store, [nightly()], NOON)
+    run_due(store, NOON)
     store.db.schedule.delete_many({})
-    schedule.run_due(store, [nightly()], NOON)
+    run_due(store, NOON)
     assert len(made(store)) == 1
 
 
