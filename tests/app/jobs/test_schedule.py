@@ -48,12 +48,7 @@ def test_the_latest_tick_is_the_last_one_that_was_due(now: datetime, every: int,
 
 def test_several_schedulers_make_one_job_a_tick(store: Store) -> None:
     with ThreadPoolExecutor(6) as pool:
-        list(
-            pool.map(
-                lambda _: run_due(store, NOON),
-                range(12),
-            )
-        )
+        list(pool.map(lambda _: run_due(store, NOON), range(12)))
     assert made(store) == ["2026-11-22T01:30:00+00:00"]
 
 
