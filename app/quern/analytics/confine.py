@@ -204,6 +204,11 @@ def _drop_capabilities() -> None:
         for capability in range(64):
             _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0)
     header = struct.pack("=Ii", 0x20080522, 0)
+    held = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, held), "capget")
+    if not any(held.raw):
+        # A hardened unit has none, and may refuse even to ask for fewer.
+        return
     data = struct.pack("=6I", kept, kept, 0, 0, 0, 0)
     _check(_libc.capset(header, data), "capset")
 

@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Final
 
+from quern.analytics import metrics
 from quern.analytics.answer import Answer, Warehouse, columns, freshness, stamp
 from quern.analytics.engine import EngineError
 from quern.analytics.kept import Kept
@@ -140,7 +141,11 @@ class Desk:
         seen = None
         while not stop.wait(pause):
             try:
-                generation = self.warehouse.current().generation
+                manifest = self.warehouse.current()
+                generation = manifest.generation
+                if manifest.freshness is not None:
+                    # The ETL's own process may have been restarted since, and then has no figure.
+                    metrics.FRESHNESS.set(manifest.freshness.timestamp())
                 if generation != seen:
                     count = self.answer_beforehand(stop)
                     _log.info("%d questions answered beforehand", count, extra={"generation": generation})

@@ -81,8 +81,9 @@ def _child(command: str, context: Context) -> dict[str, Any]:
     Raises:
         RetryLater: it was busy, was stopped, or failed. Refused: its configuration is not usable.
     """
-    nice = ["nice", "-n", str(context.store.settings.analytics.nice)]
-    arguments = [*nice, sys.executable, "-m", "quern.cli.main", "etl", command, "--json"]
+    nice = context.store.settings.analytics.nice
+    first = ["nice", "-n", str(nice)] if nice else []
+    arguments = [*first, sys.executable, "-m", "quern.cli.main", "etl", command, "--json"]
     with subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,

@@ -24,6 +24,7 @@ from quern.analytics.schema import TABLES
 _MOST_ANSWER_BYTES: Final = 64 << 20
 _FILES_BESIDES: Final = 64
 _START_SECONDS: Final = 20.0
+_PACKAGES: Final = Path(__file__).resolve().parents[2]
 
 
 class SqlError(Exception):
@@ -99,13 +100,20 @@ def run(sql: str, manifest: Manifest, tenants: Sequence[str], limits: Limits = L
 def _converse(request: bytes, seconds: float) -> bytes:
     """Start a process, give it `request`, return what it wrote; kill it when it takes too long or writes too much."""
     process = subprocess.Popen(
-        [sys.executable, "-I", "-m", "quern.analytics.sandbox_child"],
+        [sys.executable, "-P", "-s", "-m", "quern.analytics.sandbox_child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd=Path("/"),
-        # Every thread's own arena would take 64 MB of the address space.
-        env={"LC_ALL": "C.UTF-8", "TZ": "UTC", "MALLOC_ARENA_MAX": "2"},
+        env={
+            "LC_ALL": "C.UTF-8",
+            "TZ": "UTC",
+            # Every thread's own arena would take 64 MB of the address space.
+            "MALLOC_ARENA_MAX": "2",
+            # A release lies beside its environment, not in it.
+            "PYTHONPATH": str(_PACKAGES),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         start_new_session=True,
     )
     late = threading.Event()

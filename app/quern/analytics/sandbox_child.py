@@ -1,4 +1,4 @@
-"""`python -I -m quern.analytics.sandbox_child`: one statement, run by a process that gave everything else up.
+"""`python -P -s -m quern.analytics.sandbox_child`: one statement, run by a process that gave everything else up.
 
 Standard input: a line of JSON (the order), then the SQL until its end, which is read when the process is confined.
 Standard output: one JSON object: `ok`, and the columns, types and rows; or what went wrong. No Arrow here: importing it
