@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Emulation is ten to twenty times slower than the host, which is busy besides.
-PATIENCE_SECONDS = 900
+PATIENCE_SECONDS = 1800
 
 
 class NotInTimeError(AssertionError):
