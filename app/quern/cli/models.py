@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from quern.cli.output import emit, emit_json, emit_outcome, fail, json_option
-from quern.inference import gguf, modelbench, modelentry, quantize, registry
+from quern.inference import gguf, llama_options, modelbench, modelentry, quantize, registry
 from quern.inference.client import EngineClient, EngineError
 from quern.inference.settings import EngineSettings
 
@@ -234,25 +234,26 @@ def bench(name: str, kinds: tuple[str, ...], threads: int | None, folder: Path |
     _, source = _chat_model(name, folder)
     threads = threads or len(os.sched_getaffinity(0))
     found: dict[str, modelbench.Figures] = {}
+    cpu_flags = llama_options.cpu_flags()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=folder) as temporary:
         for kind in kinds or BENCH_TYPES:
             target = Path(temporary) / f"{kind}.gguf"
             try:
                 made = quantize.quantize(source, target, kind, threads)
-                ways = {blas: modelbench.measure(target, blas=blas, threads=threads) for blas in (False, True)}
+                ways = {way: modelbench.measure(target, way, threads) for way in llama_options.ways(cpu_flags)}
             except (quantize.QuantizeError, modelbench.ProbeError) as error:
                 fail(f"{kind}: {error}")
             target.unlink()
-            blas = ways[True].job_seconds < ways[False].job_seconds
-            figures = found[kind] = ways[blas]
+            best = min(ways, key=lambda way: ways[way].job_seconds)
+            figures = found[kind] = ways[best]
             rows.append(
                 {
                     "type": kind,
                     "size_mib": round(made.bytes / 2**20),
                     "prompt_tokens_s": round(figures.prompt_speed),
                     "generated_tokens_s": round(figures.generation_speed, 1),
-                    "openblas": blas,
+                    "prompts_by": best.name,
                     "memory_mib": round(figures.memory_mib),
                     "perplexity": round(figures.perplexity, 2),
                     "accuracy": round(figures.accuracy, 3),

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from quern.inference.llama_options import Way
+
 PROMPT_TOKENS, ANSWER_TOKENS, WINDOW = 512, 48, 512
 #: The first tokens of a window have too little before them to be counted.
 UNCOUNTED = 32
@@ -68,16 +70,16 @@ def probe(path: Path) -> Probe:
     Raises:
         ProbeError: it cannot be loaded, kills llama.cpp, or computes what is no number.
     """
-    return Probe(**_apart("probe", path, blas=False, threads=1))
+    return Probe(**_apart("probe", path, Way(blas=False), threads=1))
 
 
-def measure(path: Path, *, blas: bool, threads: int) -> Figures:
+def measure(path: Path, way: Way, threads: int) -> Figures:
     """All figures of a file, in another process.
 
     Raises:
         ProbeError: as of `probe`.
     """
-    return Figures(**_apart("measure", path, blas=blas, threads=threads))
+    return Figures(**_apart("measure", path, way, threads))
 
 
 def recommend(found: dict[str, Figures]) -> str:
@@ -94,10 +96,12 @@ def recommend(found: dict[str, Figures]) -> str:
     return min(best, key=lambda kind: best[kind].job_seconds)
 
 
-def _apart(what: str, path: Path, *, blas: bool, threads: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "quern.inference.modelbench", what, str(path), str(int(blas)), str(threads)]
+def _apart(what: str, path: Path, way: Way, threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "quern.inference.modelbench", what, str(path), str(int(way.blas)), str(threads)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=way.environment()
+        )
     except subprocess.TimeoutExpired as error:
         raise ProbeError(f"{path.name}: no answer within {TIMEOUT:.0f} s") from error
     if done.returncode:

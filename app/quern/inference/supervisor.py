@@ -282,7 +282,7 @@ class Supervisor:
             *(str(descriptor) for descriptor in descriptors),
         ]
         self._process = await asyncio.create_subprocess_exec(
-            *command, pass_fds=descriptors, stdin=asyncio.subprocess.DEVNULL
+            *command, pass_fds=descriptors, stdin=asyncio.subprocess.DEVNULL, env=options.way.environment()
         )
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=REPORT_LIMIT)
@@ -319,8 +319,7 @@ class Supervisor:
             file = model.files[0]
             path = registry.file_path(model, file, settings.models)
             options = await tuning.choose(path, file.sha256, settings.tuning, threads, drive=drive)
-        return BackendOptions(
-            threads=options.threads,
+        return options._replace(
             poll=options.poll if settings.poll is None else settings.poll,
             blas=options.blas if settings.blas is None else settings.blas,
             batch=settings.batch_size or options.batch,

@@ -1,9 +1,10 @@
 """What is fastest for this model on this machine: measured at its first start, remembered for the next ones.
 
 OpenBLAS multiplies floats and so must unpack the weights first; ggml multiplies packed integers. Which is faster
-depends on the CPU and on the type of the weights. Both ways are run in processes of their own, on one thread, and
-compared by the CPU time that they take, which other work on the machine disturbs little. An OpenBLAS that crashes on
-this CPU or computes something else (old ones do, on CPUs that they do not know) is not used.
+depends on the CPU and on the type of the weights. All ways (on a CPU with AVX-512, OpenBLAS with the kernels that it
+picks and with those for AVX-512) are run in processes of their own, on one thread, and compared by the CPU time that
+they take, which other work on the machine disturbs little. An OpenBLAS that crashes on this CPU or computes something
+else (old ones do, on CPUs that they do not know) is not used.
 
 How many threads, whether they poll, and how many tokens go into one step shows only in the time that passes. So these
 are measured when the cores are free; on a busy machine the usual values are taken, and the next start measures again.
@@ -21,17 +22,18 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quern.inference.llama_options import BackendOptions
+from quern.inference.llama_options import BackendOptions, Way, cpu_flags, ways
 from quern.inference.pace import free_cores
 
 log = logging.getLogger(__name__)
 
 #: Raised when what was remembered before cannot be believed any more.
-_LAYOUT = "3"
+_LAYOUT = "4"
 PROMPT_TOKENS, REPETITIONS = 256, 3
 #: Above this size a model's file is measured with a shorter prompt: seconds instead of minutes.
 LARGE_FILE, SHORT_PROMPT_TOKENS = 1 << 30, 64
@@ -146,11 +148,17 @@ def likeness(one: list[float], other: list[float]) -> float:
     return product / (norms[0] * norms[1]) if all(norms) else 0.0
 
 
-def decide(native: Measurement | None, blas: Measurement | None) -> bool:
-    """Whether to use OpenBLAS, from what both ways measured; None for a way that failed."""
-    if native is None or blas is None:
-        return False
-    return blas.seconds < native.seconds and likeness(native.logits, blas.logits) >= LEAST_LIKENESS
+def decide(found: Mapping[Way, Measurement | None]) -> Way:
+    """The fastest way that computes what ggml's own kernels do; None stands for a way that failed."""
+    native = found.get(Way(blas=False))
+    if native is None:
+        return Way(blas=False)
+    sound = {
+        way: measured.seconds
+        for way, measured in found.items()
+        if measured is not None and (not way.blas or likeness(native.logits, measured.logits) >= LEAST_LIKENESS)
+    }
+    return min(sound, key=lambda way: sound[way])
 
 
 def choose_way(jobs: dict[tuple[int, int], tuple[float, float]], threads: int) -> tuple[int, int]:
@@ -187,18 +195,16 @@ async def choose(path: Path, sha256: str, memory: Path, threads: int, *, drive: 
         if remembered["complete"] or not drive:
             return options
     except (OSError, ValueError, KeyError, TypeError):
-        native, blas = [await _apart("compute", path, blas=way, threads=1) for way in (False, True)]
-        ways = [Measurement(**found) if found else None for found in (native, blas)]
-        options = BackendOptions(threads, 0, decide(*ways))
+        measured = {way: await _compute(path, way) for way in ways(cpu_flags())}
+        options = BackendOptions(threads, 0, **decide(measured)._asdict())
         remembered = {
             "model": path.name,
             "prompt_tokens_per_cpu_second": {
-                name: round(1 / found.seconds, 1) if found else None
-                for name, found in zip(("native", "openblas"), ways, strict=True)
+                way.name: round(1 / found.seconds, 1) if found else None for way, found in measured.items()
             },
         }
     complete = False
-    if drive and free_cores() >= threads and (found := await _apart("drive", path, blas=options.blas, threads=threads)):
+    if drive and free_cores() >= threads and (found := await _apart("drive", path, options.way, threads)):
         jobs = {(poll, count): (prompt, answer) for poll, count, prompt, answer in found["jobs"]}
         poll, count = choose_way(jobs, threads)
         options = options._replace(poll=poll, threads=count, batch=choose_batch(dict(found["batches"])))
@@ -217,9 +223,14 @@ async def choose(path: Path, sha256: str, memory: Path, threads: int, *, drive: 
     return options
 
 
-async def _apart(what: str, path: Path, *, blas: bool, threads: int) -> dict[str, Any] | None:
-    command = [sys.executable, "-m", "quern.inference.tuning", what, str(path), str(int(blas)), str(threads)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+async def _compute(path: Path, way: Way) -> Measurement | None:
+    found = await _apart("compute", path, way, threads=1)
+    return Measurement(**found) if found else None
+
+
+async def _apart(what: str, path: Path, way: Way, threads: int) -> dict[str, Any] | None:
+    command = [sys.executable, "-m", "quern.inference.tuning", what, str(path), str(int(way.blas)), str(threads)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=way.environment())
     try:
         limit = COMPUTE_TIMEOUT if what == "compute" else DRIVE_TIMEOUT
         output, _ = await asyncio.wait_for(process.communicate(), limit)

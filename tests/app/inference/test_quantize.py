@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from quern.cli.models import models_group
 from quern.inference import gguf, modelbench, quantize, registry
+from quern.inference.llama_options import Way
 from quern.inference.modelbench import Figures
 
 CHAT = "smollm2-135m-instruct-q4_1"
@@ -116,7 +117,7 @@ def test_the_fastest_of_the_good_types_is_recommended() -> None:
 
 
 def test_a_model_is_measured_in_a_process_of_its_own(chat_path: Path) -> None:
-    found = modelbench.measure(chat_path, blas=False, threads=1)
+    found = modelbench.measure(chat_path, Way(blas=False), threads=1)
     assert found.prompt_speed > found.generation_speed > 0
     assert 90 < found.memory_mib < 2000
     assert 10 < found.perplexity < 60

@@ -9,25 +9,42 @@ from pathlib import Path
 import pytest
 
 from quern.inference import tuning
-from quern.inference.llama_options import BackendOptions
+from quern.inference.llama_options import BackendOptions, Way, ways
 from quern.inference.tuning import Measurement, choose_batch, choose_way, decide
 
+NATIVE, BLAS, WIDE = Way(blas=False), Way(blas=True), Way(blas=True, kernels="SkylakeX")
 LOGITS = [float(value % 7) for value in range(50)]
 USUAL, POLLING, HALF = (0, 8), (50, 8), (0, 4)
 
 
 def test_the_faster_way_is_taken() -> None:
-    assert decide(native=Measurement(2.0, LOGITS), blas=Measurement(1.0, LOGITS))
-    assert not decide(native=Measurement(1.0, LOGITS), blas=Measurement(2.0, LOGITS))
+    assert decide({NATIVE: Measurement(2.0, LOGITS), BLAS: Measurement(1.0, LOGITS)}) == BLAS
+    assert decide({NATIVE: Measurement(1.0, LOGITS), BLAS: Measurement(2.0, LOGITS)}) == NATIVE
+    wide = Measurement(0.5, LOGITS)
+    assert decide({NATIVE: Measurement(2.0, LOGITS), BLAS: Measurement(1.0, LOGITS), WIDE: wide}) == WIDE
 
 
 def test_a_fast_openblas_that_computes_something_else_is_not_used() -> None:
-    assert not decide(native=Measurement(2.0, LOGITS), blas=Measurement(1.0, LOGITS[::-1]))
-    assert not decide(native=Measurement(2.0, LOGITS), blas=Measurement(1.0, [float("nan")] * 50))
+    assert decide({NATIVE: Measurement(2.0, LOGITS), BLAS: Measurement(1.0, LOGITS[::-1])}) == NATIVE
+    assert decide({NATIVE: Measurement(2.0, LOGITS), BLAS: Measurement(1.0, [float("nan")] * 50)}) == NATIVE
 
 
 def test_an_openblas_that_crashes_is_not_used() -> None:
-    assert not decide(native=Measurement(2.0, LOGITS), blas=None)
+    assert decide({NATIVE: Measurement(2.0, LOGITS), BLAS: None}) == NATIVE
+
+
+def test_wide_kernels_are_tried_only_where_the_cpu_has_them() -> None:
+    wide = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
+    assert ways({"avx2", *wide}) == [NATIVE, BLAS, WIDE]
+    assert ways({"avx2", *wide} - {"avx512vl"}) == [NATIVE, BLAS]
+
+
+def test_the_kernels_reach_the_process_that_computes_with_them(chat_path: Path) -> None:
+    old, new = (asyncio.run(tuning._compute(chat_path, Way(True, name))) for name in ("Nehalem", "Haswell"))
+    assert old is not None
+    assert new is not None
+    # Sums of another width round differently: the same numbers would be the same kernels.
+    assert old.logits != new.logits
 
 
 def test_the_usual_way_is_left_only_for_a_clearly_faster_one() -> None:
@@ -45,8 +62,9 @@ def test_the_smallest_batch_that_is_about_as_fast_is_taken() -> None:
 
 def test_openblas_is_really_left_out_and_both_ways_agree(chat_path: Path) -> None:
     # Rounded alike to the last bit, they would be one and the same way.
-    ways = [asyncio.run(tuning._apart("compute", chat_path, blas=blas, threads=1)) for blas in (False, True)]
-    native, blas = (Measurement(**found) for found in ways if found is not None)
+    native, blas = (asyncio.run(tuning._compute(chat_path, way)) for way in (NATIVE, BLAS))
+    assert native is not None
+    assert blas is not None
     assert native.logits != blas.logits
     assert tuning.likeness(native.logits, blas.logits) > tuning.LEAST_LIKENESS
 
