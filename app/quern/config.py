@@ -71,6 +71,9 @@ class Settings(BaseSettings):
         description="MongoDB, a replica set; a UNIX socket is percent-encoded",
         examples=["mongodb://%2Frun%2Fmongodb%2Fmongod.sock/?directConnection=true"],
     )
+    etl_mongodb_uri: SecretStr | None = Field(
+        None, description="MongoDB for the ETL, where it has an account of its own that can only read"
+    )
     mongodb_database: str = Field("quern", pattern=r"^[A-Za-z0-9_-]{1,38}$", examples=["quern"])
     redis_queue_url: SecretStr = Field(
         description="Redis for wake-ups and rate limits (noeviction, AOF)",
@@ -142,9 +145,11 @@ class Settings(BaseSettings):
             return {**values, "mail": {**values["mail"], "password": values["mail_password"]}}
         return values
 
-    @field_validator("mongodb_uri")
+    @field_validator("mongodb_uri", "etl_mongodb_uri")
     @classmethod
-    def _is_mongodb_uri(cls, value: SecretStr) -> SecretStr:
+    def _is_mongodb_uri(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
         return _fits(
             value, r"mongodb(\+srv)?://[^/\s]+(/\S*)?", "mongodb://…, with a UNIX socket's path percent-encoded"
         )

@@ -9,6 +9,7 @@ from testinfra.host import Host
 
 from tests.host.client import Client
 from tests.host.conftest import Played
+from tests.host.test_analytics import fill
 
 #: Prints the documents of what tenants own, in extended JSON, one a line; on the host, as the operator.
 _DUMP = "rm -rf /var/lib/quern-backup/seen && quern-backup dump /var/lib/quern-backup/seen"
@@ -24,6 +25,13 @@ def owned(host: Host) -> dict[str, str]:
     return {name: item["sha256"] for name, item in manifest.items() if name in OWNED and item["count"]}
 
 
+def warehouse(host: Host) -> dict[str, str]:
+    """The immutable files that the warehouse is made of, each with its digest."""
+    tables = json.loads(host.file("/var/lib/quern-warehouse/manifest.json").content)["tables"]
+    paths = [item["path"] for tenants in tables.values() for items in tenants.values() for item in items]
+    return {path: host.file(f"/var/lib/quern-warehouse/{path}").sha256sum for path in paths}
+
+
 @pytest.fixture(scope="module")
 def response(client: Client) -> str:
     form = client.form("To be kept")
@@ -35,6 +43,7 @@ def response(client: Client) -> str:
 @pytest.fixture(scope="module")
 def copied(host: Host, response: str, play: Callable[..., Played]) -> dict[str, str]:
     """What tenants own, when the copy was made."""
+    fill(host)
     done = play("playbooks/backup.yml")
     assert done.code == 0, done.output
     return owned(host)
@@ -70,10 +79,15 @@ def test_a_restore_brings_every_document_back(
         f"/api/v1/forms/{client.call('GET', f'/api/v1/responses/{response}')['form']}/responses",
         {"answers": {"comment": "Came after the copy."}},
     )["id"]
+    files = warehouse(host)
+    assert files
+    host.check_output("find /var/lib/quern-warehouse -name '*.parquet' -delete")
     done = play("playbooks/restore.yml", backup_snapshot=newest)
     assert done.code == 0, done.output
     assert "are back, all alike" in done.output
     assert owned(host) == copied
+    assert {path: host.file(f"/var/lib/quern-warehouse/{path}").sha256sum for path in files} == files
+    assert host.check_output("find /var/lib/quern-warehouse -not -user quern-low -o -not -group quern-warehouse") == ""
     assert client.call("GET", f"/api/v1/responses/{response}")["answers"]["comment"] == "Keep this sentence."
     with pytest.raises(OSError, match="404"):
         client.call("GET", f"/api/v1/responses/{later}")

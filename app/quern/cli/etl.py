@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,7 +22,8 @@ from rich.progress import Progress as Bar
 from quern.analytics.handler import BUSY, MISMATCH
 from quern.cli.output import emit, emit_json, fail, json_option
 from quern.cli.runtime import open_runtime
-from quern.store.connection import is_away
+from quern.config import LiveSettings
+from quern.store.connection import Db, Store, is_away
 
 # The warehouse's libraries are large: only a command that needs them loads them, not every process.
 if TYPE_CHECKING:
@@ -85,6 +87,15 @@ def _bar(as_json: bool) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
+@cache
+def _db() -> Db:
+    """MongoDB as the ETL's own account, where it has one."""
+    runtime = open_runtime()
+    if (uri := runtime.settings.etl_mongodb_uri) is None:
+        return runtime.store.db
+    return Store(LiveSettings(runtime.settings.model_copy(update={"mongodb_uri": uri}))).db
+
+
 def _make(pause: Callable[[], None], show: Callable[[int, int, str], None]) -> "Etl":
     from quern.analytics.etl import Etl, NotConfiguredError
 
@@ -95,7 +106,7 @@ def _make(pause: Callable[[], None], show: Callable[[int, int, str], None]) -> "
 
     try:
         return Etl(
-            runtime.store.db,
+            _db(),
             runtime.settings.analytics,
             jobs_kept=timedelta(days=runtime.settings.job.keep_ended_days),
             pause=pause,
@@ -292,7 +303,7 @@ def verify(
     manifest_root = _root()
     with _explained(), _bar(as_json) as show:
         found = integrity.verify(
-            open_runtime().store.db,
+            _db(),
             Manifest.load(manifest_root),
             since=since,
             until=until,

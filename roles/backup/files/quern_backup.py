@@ -9,6 +9,7 @@ keeps it once. `manifest.json` states count, SHA-256, options and indexes of eac
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ KEYS = ("quern_secret_keys", "quern_audit_key")
 TLS = ("tls-authority.pem", "tls-authority.key")
 _RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
 _BATCH_BYTES = 8 << 20
+#: How long a copy waits for the ETL to end its run.
+_STILL_SECONDS = 1800
 
 
 def credential(name: str) -> str:
@@ -197,6 +201,29 @@ def rekey(repository: str) -> None:
             restic(repository, "key", "remove", key["id"], stdout=subprocess.DEVNULL)
 
 
+@contextmanager
+def still(folder: Path) -> Iterator[None]:
+    """Nothing is published into a warehouse meanwhile, and nothing deleted: the lock is the one that the ETL takes.
+
+    A run that takes very long is not waited for: its files are whole, and the next copy has its publication.
+    """
+    if not (folder / ".lock").exists():
+        yield
+        return
+    with (folder / ".lock").open("rb") as lock:
+        deadline = time.monotonic() + _STILL_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    say(f"{folder}: still being written after {_STILL_SECONDS} s; copied as it is")
+                    break
+                time.sleep(1)
+        yield
+
+
 def backup(repository: str, state: Path, folders: list[str], keep: list[str]) -> None:
     """One copy, then the retention, then the check of the repository's structure, then the metric."""
     started = time.time()
@@ -216,7 +243,10 @@ def backup(repository: str, state: Path, folders: list[str], keep: list[str]) ->
             # Refused by restic when there is one that another password opens.
             restic(repository, "init", "--quiet")
         present = [folder for folder in folders if Path(folder).is_dir()]
-        restic(repository, "backup", "--quiet", "--tag", "quern", "--host", "quern", str(staging), *present)
+        with ExitStack() as standing:
+            for folder in present:
+                standing.enter_context(still(Path(folder)))
+            restic(repository, "backup", "--quiet", "--tag", "quern", "--host", "quern", str(staging), *present)
         restic(repository, "forget", "--quiet", "--tag", "quern", "--group-by", "host,tags", "--prune", *keep)
         restic(repository, "check", "--quiet")
     finally:

@@ -44,8 +44,8 @@ options:
     default: []
   accounts:
     description: >-
-      dicts of C(name) and C(roles). The account itself is called as its credential says, C(NAME) or at every other
-      rotation C(NAME-b)
+      dicts of C(name), C(roles) and, where it is another one, C(credential). The account itself is called as its
+      credential says, C(NAME) or at every other rotation C(NAME-b)
     type: list
     elements: dict
     required: true
@@ -68,9 +68,9 @@ def credential(folder: str, file: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def name_and_password(folder: str, account: str) -> tuple[str, str]:
+def name_and_password(folder: str, account: str, file: str) -> tuple[str, str]:
     """What an account's connection string says."""
-    parts = urlsplit(credential(folder, f"{account}.quern_mongodb_uri"))
+    parts = urlsplit(credential(folder, f"{account}.{file}"))
     return parts.username or account, parts.password or ""
 
 
@@ -225,7 +225,8 @@ def main() -> None:
                     if ensure_role(client.admin, wanted, check):
                         touched.append(wanted["name"])
                 for wanted in params["accounts"]:
-                    name, own = name_and_password(params["credentials"], wanted["name"])
+                    file = wanted.get("credential", "quern_mongodb_uri")
+                    name, own = name_and_password(params["credentials"], wanted["name"], file)
                     if ensure_account(node, client.admin, name, wanted, own, check):
                         touched.append(name)
                     if params["drop_former"] and drop_former(client.admin, wanted["name"], name, check):

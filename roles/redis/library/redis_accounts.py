@@ -66,10 +66,10 @@ class Refused(Exception):
     """The instance refused a command."""
 
 
-def password_of(folder: str, account: str) -> str:
+def password_of(folder: str, account: str, credential: str = "quern_redis_queue_url") -> str:
     """The password inside an account's URL."""
-    path = Path(folder) / f"{account}.quern_redis_queue_url"
-    command = ["systemd-creds", "decrypt", "--name=quern_redis_queue_url", str(path), "-"]
+    path = Path(folder) / f"{account}.{credential}"
+    command = ["systemd-creds", "decrypt", f"--name={credential}", str(path), "-"]
     url = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return urlsplit(url).password or ""
 
@@ -84,7 +84,8 @@ def lines_wanted(params: dict[str, Any], found: list[str]) -> list[str]:
     """The lines of the file."""
     lines = ["user default off resetpass resetkeys resetchannels -@all"]
     for account in params["accounts"]:
-        secret = password_of(params["credentials"], account["name"])
+        credential = account.get("credential", "quern_redis_queue_url")
+        secret = password_of(params["credentials"], account["name"], credential)
         digests = [hashlib.sha256(secret.encode()).hexdigest()]
         if params["keep_previous"]:
             digests += [digest for digest in previous_digests(found, account["name"]) if digest not in digests]
