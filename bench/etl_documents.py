@@ -1,15 +1,16 @@
-"""Generated responses, audit entries and jobs in MongoDB: realistic sizes, skewed tenants, the same for one seed."""
+"""Generated responses, audit entries and jobs in MongoDB: realistic sizes, skewed tenants."""
 
 import random
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import bson
+import numpy as np
 import orjson
 from bson.raw_bson import RawBSONDocument
 from pymongo import WriteConcern
 
-from quern.migrations import migrate
 from quern.store import identifier
 from quern.store.connection import Db
 
@@ -59,44 +60,114 @@ WORKFLOW = {
 _FAST = WriteConcern(w=1, j=False)
 
 
+#: Tenants of a bulk load share this many different responses each, the first more and the last fewer.
+_STENCILS = 3000
+_ALPHABET = np.frombuffer(b"0123456789abcdefghjkmnpqrstvwxyz", dtype=np.uint8)
+_BATCH = 5000
+
+
 def tenant_of(number: int) -> str:
     return identifier.derived("ten", "bench", str(number))
 
 
-def load(
-    db: Db,
-    *,
-    responses: int,
-    tenants: int,
-    days: int,
-    last: date,
-    seed: int = 5,
-    jobs_days: int = 30,
-    first: bool = False,
-) -> dict[str, int]:
-    """Fill a database; returns the number of documents by collection. `first`: make its indexes and forms as well.
+def register(db: Db, *, tenants: int, since: date, seed: int = 5) -> None:
+    """The tenants with their forms and keys."""
+    for number in range(tenants):
+        _Tenant(number, seed).register(db, since)
 
-    Each response has its audit entry; those of the last `jobs_days` days have jobs, as MongoDB forgets older ones.
+
+def load(
+    db: Db, *, responses: int, tenants: int, days: int, last: date, jobs_days: int, seed: int = 5
+) -> Iterator[int]:
+    """Fill a database, day by day; yields the number of responses made so far.
+
+    Each response has its audit entry; those of the last `jobs_days` days have jobs, as MongoDB forgets older ones. For
+    speed some thousand documents of a tenant are made and encoded, and come again and again with other identifiers
+    (ULIDs, as intake's are) and moments.
     """
-    if first:
-        migrate(db)
-    made = {"responses": 0, "audit": 0, "jobs": 0}
     weights = [1 / (number + 1) for number in range(tenants)]
-    generators = [_Tenant(number, seed) for number in range(tenants)]
-    for generator in generators:
-        if first:
-            generator.register(db, last - timedelta(days=days))
+    makers = [_Stencils(_Tenant(number, seed), max(200, _STENCILS // (number + 1))) for number in range(tenants)]
+    made = 0
     for offset in range(days):
         day = last - timedelta(days=days - 1 - offset)
-        for generator, weight in zip(generators, weights, strict=True):
+        for maker, weight in zip(makers, weights, strict=True):
             count = max(1, round(responses / days * weight / sum(weights)))
-            for start in range(0, count, 2000):
-                batch = generator.documents(day, min(2000, count - start), with_jobs=offset >= days - jobs_days)
+            made += count
+            for start in range(0, count, _BATCH):
+                batch = maker.documents(day, min(_BATCH, count - start), with_jobs=offset >= days - jobs_days)
                 for name, documents in batch.items():
-                    if documents:
-                        db[name].with_options(write_concern=_FAST).insert_many(documents, ordered=False)
-                        made[name] += len(documents)
-    return made
+                    for first in range(0, len(documents), _BATCH):
+                        part = [RawBSONDocument(item) for item in documents[first : first + _BATCH]]
+                        db[name].with_options(write_concern=_FAST).insert_many(part, ordered=False)
+        yield made
+
+
+class _Stencils:
+    """Some encoded responses of a tenant with their audit entries and jobs, and where in them what changes stands."""
+
+    def __init__(self, tenant: "_Tenant", count: int) -> None:
+        self.random = np.random.default_rng(tenant.random.randrange(2**32))
+        self.start = datetime(2020, 1, 1, tzinfo=UTC)
+        self.stencils = []
+        for _ in range(count):
+            response, audit, jobs = tenant.one(self.start, True)
+            old = response["_id"]
+            encoded = [bson.encode(item) for item in (response, audit, *jobs)]
+            self.stencils.append([self._places(raw, old.encode(), audit["_id"].encode()) for raw in encoded])
+
+    def _places(
+        self, raw: bytes, response: bytes, audit: bytes
+    ) -> tuple[bytes, list[int], list[int], list[tuple[int, int]]]:
+        """A document; where it has its response's identifier (after the prefix), its own, and moments (with offset)."""
+        moments = []
+        low, high = (int(at.timestamp() * 1000) for at in (self.start, self.start + timedelta(days=3)))
+        for place in range(len(raw) - 8):
+            # A moment is type 9, a name, a zero byte and 8 bytes.
+            value = int.from_bytes(raw[place : place + 8], "little", signed=True)
+            if low <= value < high and raw[place - 1] == 0:
+                moments.append((place, value - low))
+        own = [] if response in raw[:60] or audit in raw[:60] else [raw.index(b"job_") + 4]
+        spans = [place + 4 for place in _all(raw, response)]
+        return raw, spans, own + [place + 4 for place in _all(raw, audit)], moments
+
+    def documents(self, day: date, count: int, *, with_jobs: bool) -> dict[str, list[bytes]]:
+        random_ = self.random
+        midnight = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp() * 1000)
+        created = np.sort(random_.integers(midnight, midnight + 86_400_000, count))
+        chosen = random_.integers(0, len(self.stencils), count)
+        identities = self._identities(created)
+        others = [self._identities(created) for _ in range(5 if with_jobs else 1)]
+        found: dict[str, list[bytes]] = {"responses": [], "audit": [], "jobs": []}
+        for number, (which, moment) in enumerate(zip(chosen.tolist(), created.tolist(), strict=True)):
+            stencil = self.stencils[which]
+            base = moment - stencil[0][3][0][1]
+            for kind, parts in enumerate(stencil if with_jobs else stencil[:2]):
+                raw, ids, own, moments = parts
+                made = bytearray(raw)
+                for place in ids:
+                    made[place : place + 26] = identities[number]
+                for place in own:
+                    made[place : place + 26] = others[kind - 1][number]
+                for place, offset in moments:
+                    made[place : place + 8] = (base + offset).to_bytes(8, "little")
+                found["responses" if kind == 0 else "audit" if kind == 1 else "jobs"].append(bytes(made))
+        return found
+
+    def _identities(self, moments: Any) -> list[bytes]:
+        """ULIDs without their prefix."""
+        digits = np.empty((len(moments), 26), dtype=np.uint8)
+        for place in range(10):
+            digits[:, place] = _ALPHABET[(moments >> (5 * (9 - place))) & 31]
+        digits[:, 10:] = _ALPHABET[self.random.integers(0, 32, (len(moments), 16))]
+        raw = digits.tobytes()
+        return [raw[place : place + 26] for place in range(0, len(raw), 26)]
+
+
+def _all(raw: bytes, wanted: bytes) -> Iterator[int]:
+    place = raw.find(wanted)
+    while place >= 0:
+        yield place
+        place = raw.find(wanted, place + 1)
 
 
 class _Tenant:
@@ -105,7 +176,6 @@ class _Tenant:
         self.random = random.Random(seed * 1000 + number)
         self.forms = [identifier.derived("frm", self.tenant, str(place)) for place in range(2)]
         self.key = identifier.derived("key", self.tenant)
-        # Another seed makes other responses.
         self.seed, self.made = seed, 0
         words = _TEXT.split()
         self.texts = [
@@ -152,17 +222,7 @@ class _Tenant:
                 }
             )
 
-    def documents(self, day: date, count: int, *, with_jobs: bool) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {"responses": [], "audit": [], "jobs": []}
-        start = datetime(day.year, day.month, day.day, tzinfo=UTC)
-        for _ in range(count):
-            response, audit, jobs = self._one(start, with_jobs)
-            found["responses"].append(RawBSONDocument(bson.encode(response)))
-            found["audit"].append(RawBSONDocument(bson.encode(audit)))
-            found["jobs"] += [RawBSONDocument(bson.encode(job)) for job in jobs]
-        return found
-
-    def _one(self, start: datetime, with_jobs: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    def one(self, start: datetime, with_jobs: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
         random_ = self.random
         self.made += 1
         identity = identifier.derived("rsp", self.tenant, str(self.seed), str(self.made))

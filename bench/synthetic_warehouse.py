@@ -40,6 +40,9 @@ FIELDS: list[tuple[str, str, bool, bool, list[str] | None, int | None]] = [
     ("topics", "multiple_choice", False, True, TOPICS, None),
 ]
 STEPS = [("summary", "summarize"), ("topic", "classify"), ("mood", "sentiment"), ("vector", "embed")]
+#: As `flatten` numbers them: steps first.
+_TEXT_COLUMNS = {"topic": 1, "mood": 2, "sector": 3}
+_NUMBER_COLUMNS = {"topic": 1, "mood": 2, "score": 3, "age": 4}
 DIMENSIONS = 384
 _CHUNK = 50_000
 _MILLISECOND = np.timedelta64(1, "ms")
@@ -96,6 +99,9 @@ class Generator:
             "created": created,
             "day": np.full(count, np.datetime64(day, "D")),
         }
+        scores = [np.round(random.uniform(0.3, 1, count), 4) for _ in range(2)]
+        copies = {"text_1": label, "text_2": mood, "text_3": sector}
+        copies |= {"number_1": scores[0], "number_2": scores[1], "number_3": rating, "number_4": age}
         leaves: list[tuple[str, str, str, str, Any, Any]] = [
             ("answer", "sector", "", "choice", sector, None),
             ("answer", "email", "", "email", respondent, None),
@@ -106,13 +112,15 @@ class Generator:
             ("answer", "topics", "1", "multiple_choice", np.array(TOPICS, dtype=object)[topics[1]], None),
             ("result", "summary.text", "", "summary", summary, None),
             ("result", "topic.label", "", "label", label, None),
-            ("result", "topic.score", "", "score", None, np.round(random.uniform(0.3, 1, count), 4)),
+            ("result", "topic.score", "", "score", None, scores[0]),
             ("result", "mood.label", "", "sentiment", mood, None),
-            ("result", "mood.score", "", "score", None, np.round(random.uniform(0.3, 1, count), 4)),
+            ("result", "mood.score", "", "score", None, scores[1]),
         ]
         answers = [self._leaf(base, seconds, leaf) for leaf in leaves]
         made = {
-            "fact_response": self._responses(base, processed, seconds, respondent, length, rating, age, mood, label),
+            "fact_response": self._responses(
+                base, processed, seconds, respondent, length, rating, age, mood, label, copies
+            ),
             "fact_answer": pa.concat_batches(answers),
             "fact_job": self._jobs(base, created, seconds),
             "fact_audit": self._audit(base),
@@ -151,6 +159,7 @@ class Generator:
         age: Any,
         mood: Any,
         label: Any,
+        copies: dict[str, Any],
     ) -> pa.RecordBatch:
         count = len(seconds)
         columns = {
@@ -176,6 +185,9 @@ class Generator:
             "steps_dead": np.zeros(count, dtype=np.int32),
             "hash": self.random.integers(-(2**63), 2**63 - 1, count),
         }
+        for number in range(1, schema.PROMOTED + 1):
+            columns[f"text_{number}"] = copies.get(f"text_{number}", pa.nulls(count, pa.string()))
+            columns[f"number_{number}"] = copies.get(f"number_{number}", pa.nulls(count, pa.float64()))
         return batch(schema.FACT_RESPONSE, columns)
 
     def _jobs(self, base: dict[str, Any], created: Any, seconds: Any) -> pa.RecordBatch:
@@ -276,6 +288,8 @@ def _dimensions(root: Path, generator: Generator, first: datetime, generation: i
                     "repeated": repeated,
                     "options": listed,
                     "scale": scale,
+                    "text_column": _TEXT_COLUMNS.get(path),
+                    "number_column": _NUMBER_COLUMNS.get(path),
                 }
             )
         for place, (path, kind) in enumerate(STEPS):
@@ -291,6 +305,8 @@ def _dimensions(root: Path, generator: Generator, first: datetime, generation: i
                     "repeated": False,
                     "options": None,
                     "scale": None,
+                    "text_column": _TEXT_COLUMNS.get(path),
+                    "number_column": _NUMBER_COLUMNS.get(path),
                 }
             )
     made["dim_field"] = {name: [row[name] for row in rows] for name in schema.DIM_FIELD.names}

@@ -3,19 +3,20 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import pyarrow as pa
 
 from quern.analytics.engine import Engine, Statement
 from quern.analytics.manifest import NAME, Manifest
-from quern.analytics.plan import Asker, FieldInfo, files, plan
+from quern.analytics.plan import Asker, Copies, FieldInfo, FormVersion, files, plan
 from quern.analytics.question import ColumnInfo, Freshness, Question
 from quern.analytics.schema import DIM_FIELD, TABLES
 
 _log = logging.getLogger(__name__)
 
+_COPIED: Final = ("text", "number")
 #: Rows of one answer; a question that has more is refused.
 MOST_ROWS: Final = 200_000
 
@@ -63,12 +64,13 @@ class Warehouse:
         bare = Asker(tuple(manifest.tenants) if tenant is None else (tenant,), operator=tenant is None)
         dialect = self.engine.dialect
         source = dialect.scan(DIM_FIELD, files(manifest, DIM_FIELD.name, bare, None, None))
-        names = ("source", "path", "kind", "repeated")
+        names = ("source", "path", "kind", "repeated", "form", "version", "text_column", "number_column")
         shape = pa.schema([TABLES["dim_field"].arrow.field(name) for name in names])
-        sql = f"SELECT DISTINCT {', '.join(names)} FROM {source} f"
+        sql = f"SELECT {', '.join(names)} FROM {source} f"
         fields: dict[str, FieldInfo] = {}
         steps: set[str] = set()
-        for row in self.engine.run(Statement(sql, shape), self._seconds).to_pylist():
+        rows = self.engine.run(Statement(sql, shape), self._seconds).to_pylist()
+        for row in rows:
             if row["source"] == "result":
                 steps.add(row["path"])
                 continue
@@ -77,7 +79,7 @@ class Warehouse:
             # The options that are chosen in a field of its own differ; only in a group's items they may come again.
             repeats = row["repeated"] and not (row["kind"] == "multiple_choice" and "." not in row["path"])
             fields[name] = FieldInfo(before.kinds | {row["kind"]}, before.repeated or repeats)
-        made = Asker(bare.tenants, bare.operator, fields, frozenset(steps))
+        made = Asker(bare.tenants, bare.operator, fields, frozenset(steps), _copies(rows))
         self._askers[key] = made
         return made
 
@@ -97,6 +99,32 @@ class Warehouse:
                 "ask for fewer dimensions, a coarser grain or `top`"
             )
         return Answer(table, freshness(manifest))
+
+
+def _copies(rows: list[dict[str, Any]]) -> Copies:
+    """From the rows of `dim_field`."""
+    columns: dict[str, dict[FormVersion, str]] = {}
+    users: dict[str, set[FormVersion]] = {}
+    without: set[str] = set()
+    for row in rows:
+        version = (row["form"], row["version"])
+        text, number = (f"{kind}_{row[f'{kind}_column']}" if row[f"{kind}_column"] else None for kind in _COPIED)
+        if row["source"] == "answer":
+            named = {f"answer.{row['path']}": text or number}
+        else:
+            named = {f"result.{row['path']}.label": text, f"result.{row['path']}.score": number}
+        for name, column in named.items():
+            if column is None:
+                without.add(name)
+            else:
+                columns.setdefault(name, {})[version] = column
+                users.setdefault(column, set()).add(version)
+    # A choice in one version and a number in another has no one type.
+    without |= {name for name, found in columns.items() if len({column[:4] for column in found.values()}) > 1}
+    return Copies(
+        {name: found for name, found in columns.items() if name not in without},
+        {column: frozenset(found) for column, found in users.items()},
+    )
 
 
 def freshness(manifest: Manifest) -> Freshness:

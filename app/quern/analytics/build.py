@@ -1,13 +1,13 @@
-"""Building one tenant's day: read, flatten, write, read back, compare.
+"""Building a tenant's day, or a span of days: read, flatten, write, read back, compare.
 
 What comes out is a set of new files that nobody reads yet, and the proof that they hold what MongoDB held at one
-moment: counts, hashes and sums of the whole day, and some of its documents field by field.
+moment: counts, hashes and sums of each day, and some of its documents field by field.
 """
 
 import heapq
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -18,27 +18,28 @@ import pyarrow.parquet as pq
 
 from quern.analytics import extract, schema, source
 from quern.analytics.flatten import Flattener, Version, audit_rows, job_rows
-from quern.analytics.manifest import Manifest, Partition, safe
+from quern.analytics.manifest import Manifest, Partition, is_month
 from quern.analytics.partition import PartitionWriter
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
 from quern.store.connection import Db, Document
 
-#: Documents of each day that are compared field by field: those with the smallest hashes, so any may be chosen.
+#: Documents for each day that are compared field by field: those with the smallest hashes, so any may be chosen.
 SAMPLE: Final = 3
 _FACTS: Final = ("fact_response", "fact_answer", "fact_embedding", "fact_audit", "fact_job")
 _READ_BACK_ROWS: Final = 65_536
 
 
 @dataclass
-class Day:
-    """What was built of one day."""
+class Built:
+    """What was built of a tenant's days from `first` to `last`."""
 
     tenant: str
-    day: date
+    first: date
+    last: date
     partitions: dict[str, Partition]
     """By table; a table without rows is absent."""
-    tally: Tally
-    problems: list[str] = field(default_factory=list)
+    tallies: dict[date, Tally]
+    problems: dict[date, list[str]] = field(default_factory=dict)
     """Why it must not be published."""
     documents: int = 0
     """Read from MongoDB, of all collections."""
@@ -83,131 +84,168 @@ class Builder:
         self._jobs_kept, self._pause = jobs_kept, pause
         self._versions = Versions(db)
 
-    def build(self, tenant: str, day: date, generation: int, before: Manifest, today: date) -> Day:
-        """Write the day's files. `before`: where rows of jobs are that MongoDB has forgotten.
+    def build(
+        self, tenant: str, first: date, last: date, period: str, generation: int, before: Manifest, today: date
+    ) -> Built:
+        """Write the files of the days from `first` to `last`, as those of a period.
+
+        The files of a month's period may be published as they are, so their rows are sorted; those that do not fit in
+        memory get the span's own period instead, and are to be merged. `before`: where rows of jobs are that MongoDB
+        has forgotten.
 
         Raises:
-            PyMongoError: MongoDB is away, or the snapshot is too old; build the day again.
+            PyMongoError: MongoDB is away, or the snapshot is too old; build it again.
         """
+        days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
         with ExitStack() as stack:
             session = stack.enter_context(source.snapshot(self._db))
-            reader = source.DayReader(self._db, session, tenant, day)
+            reader = source.SpanReader(self._db, session, tenant, first, last)
+            sort = is_month(period)
             writers = {
                 name: stack.enter_context(
-                    PartitionWriter(self._warehouse, schema.TABLES[name], tenant, day.isoformat(), generation)
+                    PartitionWriter(self._warehouse, schema.TABLES[name], tenant, period, generation, sort=sort)
                 )
                 for name in _FACTS
             }
-            folder = None if self._extracts is None else self._extracts / safe(tenant) / day.isoformat()
-            files = [
-                stack.enter_context(extract.ExtractWriter(folder, name, columns, self._compression))
+            extracts = [
+                stack.enter_context(extract.Extract(self._extracts, tenant, name, columns, self._compression))
                 for name, columns in (("responses", extract.RESPONSES), ("audit", extract.AUDIT))
-                if folder is not None
+                if self._extracts is not None
             ]
-            tally, sample, problems = Tally(), Sample(), list[str]()
-            first = self._write_responses(reader, writers, files[:1], tally, sample)
-            first_audit = self._write_audit(reader, writers, files[1:])
+            tallies, sample = {day: Tally() for day in days}, Sample(SAMPLE * len(days))
+            explained = self._write_responses(reader, writers, extracts[:1], tallies, sample)
+            self._write_audit(reader, writers, extracts[1:], tallies)
             partitions = {name: made for name, writer in writers.items() if (made := writer.close()) is not None}
-            carried = self._carry_jobs(partitions, tenant, day, generation, before, today)
-            tally.responses, tally.response_hash = reader.count_responses()
-            tally.audit, tally.audit_hash = reader.count_audit()
-            if first != (tally.responses, tally.response_hash) or first_audit != (tally.audit, tally.audit_hash):
-                problems.append("two readings of one moment differ")
-            found = read_back(self._warehouse, partitions)
-            tally.jobs += carried[0]
-            tally.attempts += carried[1]
-            problems += tally.differences(found)
+            if sort and not all(writer.sorted for writer in writers.values()):
+                spanned = f"{first}_{last}"
+                partitions = {name: replace(made, period=spanned) for name, made in partitions.items()}
+            if "fact_response" in partitions:
+                partitions["fact_response"] = replace(partitions["fact_response"], explained=explained)
+            carried = self._carry_jobs(partitions, tenant, days, period, generation, before, today)
+            problems = self._read_again(reader, tallies)
+            documents = sum(tally.responses + tally.audit + tally.jobs for tally in tallies.values())
+            for day, (rows, attempts) in carried.items():
+                tallies[day].jobs += rows
+                tallies[day].attempts += attempts
+            found = read_back(self._warehouse, partitions, days)
+            for day in days:
+                problems[day] += tallies[day].differences(found[day])
             if "fact_answer" in partitions:
-                problems += sample.compare([self._warehouse / partitions["fact_answer"].path])
-            for file in files:
-                file.replace()
-        documents = tally.responses + tally.audit + tally.jobs - carried[0]
-        return Day(tenant, day, partitions, tally, problems, documents)
+                for day, problem in sample.compare([self._warehouse / partitions["fact_answer"].path]):
+                    problems[day].append(problem)
+            for file in extracts:
+                file.replace(days)
+        problems = {day: listed for day, listed in problems.items() if listed}
+        return Built(tenant, first, last, partitions, tallies, problems, documents)
+
+    def _read_again(self, reader: source.SpanReader, tallies: dict[date, Tally]) -> dict[date, list[str]]:
+        """Put the second reading's counts and hashes into the tallies; what differs from the first by day."""
+        problems: dict[date, list[str]] = {}
+        responses = reader.count_responses([tally.responses for tally in tallies.values()])
+        audit = reader.count_audit([tally.audit for tally in tallies.values()])
+        for (day, tally), stored, entries in zip(tallies.items(), responses, audit, strict=True):
+            first = ((tally.responses, tally.response_hash), (tally.audit, tally.audit_hash))
+            problems[day] = ["two readings of one moment differ"] if first != (stored, entries) else []
+            (tally.responses, tally.response_hash), (tally.audit, tally.audit_hash) = stored, entries
+        return problems
 
     def _write_responses(
         self,
-        reader: source.DayReader,
+        reader: source.SpanReader,
         writers: dict[str, PartitionWriter],
-        files: list[extract.ExtractWriter],
-        tally: Tally,
+        extracts: list[extract.Extract],
+        tallies: dict[date, Tally],
         sample: "Sample",
-    ) -> tuple[int, int]:
-        """Count and hash of what was read."""
-        count = total = 0
+    ) -> bool:
+        """Whether every value was what its form's version says."""
+        explained = True
         for chunk in reader.responses():
             self._pause()
             flattener = Flattener()
-            for document, digest in zip(chunk.documents, chunk.digests, strict=True):
-                flattener.add(document, self._versions.get(document["form"], document["version"]), digest)
-                tally.add_document(document)
-                sample.offer(document, digest)
+            ids = {document["_id"]: document for document in chunk.documents}
+            for part in chunk.by_day("created"):
+                tally = tallies[part.day]
+                for document, digest in zip(part.documents, part.digests, strict=True):
+                    flattener.add(document, self._versions.get(document["form"], document["version"]), digest)
+                    tally.add_document(document)
+                    sample.offer(part.day, document, digest)
+                tally.responses += len(part.documents)
+                tally.response_hash = source.signed(tally.response_hash + sum(part.digests))
+                for file in extracts:
+                    file.write(part)
+            explained = explained and flattener.explained
             for table, rows in flattener.batches():
                 writers[table.name].write(rows)
-            ids = {document["_id"]: document for document in chunk.documents}
             jobs = reader.jobs(list(ids))
             if jobs:
                 writers["fact_job"].write(job_rows(jobs, ids))
-            tally.jobs += reader.count_jobs(list(ids))
-            tally.attempts += sum(job["attempt"] for job in jobs)
-            for file in files:
-                file.write(chunk)
-            count += len(chunk.documents)
-            total += sum(chunk.digests)
-        return count, source.signed(total)
+            for job in jobs:
+                day = ids[job["subject"]]["created"].date()
+                tallies[day].jobs += 1
+                tallies[day].attempts += job["attempt"]
+            if len(jobs) != (count := reader.count_jobs(list(ids))):
+                # Fewer or more than the index has: no day may be published with them.
+                tallies[chunk.documents[-1]["created"].date()].jobs += count - len(jobs)
+        return explained
 
     def _write_audit(
-        self, reader: source.DayReader, writers: dict[str, PartitionWriter], files: list[extract.ExtractWriter]
-    ) -> tuple[int, int]:
-        count = total = 0
+        self,
+        reader: source.SpanReader,
+        writers: dict[str, PartitionWriter],
+        extracts: list[extract.Extract],
+        tallies: dict[date, Tally],
+    ) -> None:
         for chunk in reader.audit():
             self._pause()
             writers["fact_audit"].write(audit_rows(chunk.documents, chunk.digests))
-            for file in files:
-                file.write(chunk)
-            count += len(chunk.documents)
-            total += sum(chunk.digests)
-        return count, source.signed(total)
+            for part in chunk.by_day("at"):
+                tally = tallies[part.day]
+                tally.audit += len(part.documents)
+                tally.audit_hash = source.signed(tally.audit_hash + sum(part.digests))
+                for file in extracts:
+                    file.write(part)
 
     def _carry_jobs(
         self,
         partitions: dict[str, Partition],
         tenant: str,
-        day: date,
+        days: list[date],
+        period: str,
         generation: int,
         before: Manifest,
         today: date,
-    ) -> tuple[int, int]:
-        """Take over the rows of jobs that MongoDB has forgotten by its clock; (rows, attempts).
+    ) -> dict[date, tuple[int, int]]:
+        """Take over the rows of jobs that MongoDB has forgotten by its clock; (rows, attempts) by day.
 
         Not those of a response that was erased, or is gone.
         """
-        old = before.files("fact_job", tenant, day, day + timedelta(days=1))
-        if not old or "fact_response" not in partitions or today - day < self._jobs_kept:
-            return 0, 0
+        until = min(days[-1] + timedelta(days=1), today - self._jobs_kept + timedelta(days=1))
+        old = before.files("fact_job", tenant, days[0], until) if until > days[0] else []
+        if not old or "fact_response" not in partitions:
+            return {}
         made = partitions.get("fact_job")
         with open_duckdb("256MB", 1, self._warehouse / "spill") as connection:
             connection.execute(
-                "CREATE TEMP TABLE gone AS SELECT * FROM read_parquet($old) WHERE day = $day AND response IN "
-                "(SELECT response FROM read_parquet($responses) WHERE status <> 'erased')",
+                "CREATE TEMP TABLE gone AS SELECT * FROM read_parquet($old) WHERE day >= $first AND day < $until "
+                "AND response IN (SELECT response FROM read_parquet($responses) WHERE status <> 'erased')",
                 {
                     "old": [str(path) for path in old],
-                    "day": day,
+                    "first": days[0],
+                    "until": until,
                     "responses": str(self._warehouse / partitions["fact_response"].path),
                 },
             )
             if made is not None:
                 new = {"new": str(self._warehouse / made.path)}
                 connection.execute("DELETE FROM gone WHERE job IN (SELECT job FROM read_parquet($new))", new)
-            rows, attempts = connection.execute("SELECT count(*), coalesce(sum(attempts), 0) FROM gone").fetchall()[0]
-            if rows:
+            carried = connection.execute("SELECT day, count(*), sum(attempts) FROM gone GROUP BY day").fetchall()
+            if carried:
                 if made is not None:
                     connection.execute("INSERT INTO gone SELECT * FROM read_parquet($new)", new)
-                merged = rewrite(
-                    connection, "gone", self._warehouse, schema.FACT_JOB, tenant, day.isoformat(), generation
-                )
+                merged = rewrite(connection, "gone", self._warehouse, schema.FACT_JOB, tenant, period, generation)
                 if merged is not None:
                     partitions["fact_job"] = merged
-        return int(rows), int(attempts)
+        return {day: (int(rows), int(attempts)) for day, rows, attempts in carried}
 
 
 def rewrite(
@@ -236,20 +274,21 @@ def rewrite(
 
 
 class Sample:
-    """The documents with the smallest hashes."""
+    """The `size` documents with the smallest hashes."""
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[int, str, dict[tuple[str, str, str], Any]]] = []
+    def __init__(self, size: int = SAMPLE) -> None:
+        self._size = size
+        self._kept: list[tuple[int, str, date, dict[tuple[str, str, str], Any]]] = []
 
-    def offer(self, document: Document, digest: int) -> None:
-        if len(self._kept) < SAMPLE:
-            heapq.heappush(self._kept, (-digest, document["_id"], leaves_of(document)))
+    def offer(self, day: date, document: Document, digest: int) -> None:
+        if len(self._kept) < self._size:
+            heapq.heappush(self._kept, (-digest, document["_id"], day, leaves_of(document)))
         elif -digest > self._kept[0][0]:
-            heapq.heapreplace(self._kept, (-digest, document["_id"], leaves_of(document)))
+            heapq.heapreplace(self._kept, (-digest, document["_id"], day, leaves_of(document)))
 
-    def compare(self, files: list[Path]) -> list[str]:
+    def compare(self, files: list[Path]) -> list[tuple[date, str]]:
         """Compare them, field by field, with the rows in some files of `fact_answer`; the differences."""
-        ids = [identity for _, identity, _ in self._kept]
+        ids = [identity for _, identity, _, _ in self._kept]
         found: dict[str, list[dict[str, Any]]] = {identity: [] for identity in ids}
         columns = ["response", "source", "path", "item", "value_text", "value_number", "value_bool"]
         for path in files:
@@ -257,13 +296,13 @@ class Sample:
             for row in rows.to_pylist():
                 found[row["response"]].append(row)
         problems = []
-        for _, identity, wanted in self._kept:
+        for _, identity, day, wanted in self._kept:
             there = rows_as_leaves(found[identity])
             differing = sorted(
                 key for key in wanted.keys() | there.keys() if not _equal(wanted.get(key), there.get(key))
             )
             # The values themselves stay out of it: they are a person's.
-            problems += [f"{identity}: {'.'.join(filter(None, key))} differs" for key in differing]
+            problems += [(day, f"{identity}: {'.'.join(filter(None, key))} differs") for key in differing]
         return problems
 
 
@@ -275,14 +314,14 @@ def _equal(stored: Any, flattened: Any) -> bool:
     return type(stored) is type(flattened) and bool(stored == flattened)
 
 
-def read_back(root: Path, partitions: dict[str, Partition]) -> Tally:
-    """The figures of some partitions, from their files as they stand on the disk."""
-    tally = Tally()
+def read_back(root: Path, partitions: dict[str, Partition], days: list[date]) -> dict[date, Tally]:
+    """The figures of each day in some partitions, from their files as they stand on the disk."""
+    tallies = {day: Tally() for day in days}
     for table, partition in partitions.items():
         with pq.ParquetFile(root / partition.path) as file:
-            for rows in file.iter_batches(_READ_BACK_ROWS, columns=COUNTED[table]):
-                add_rows(tally, table, rows)
-    return tally
+            for rows in file.iter_batches(_READ_BACK_ROWS, columns=[*COUNTED[table], "day"]):
+                add_rows(tallies, table, rows)
+    return tallies
 
 
 def open_duckdb(memory: str, threads: int, temporary: Path) -> duckdb.DuckDBPyConnection:

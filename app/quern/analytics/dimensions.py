@@ -78,6 +78,8 @@ def _of_leaf(leaf: Leaf) -> tuple[Any, ...]:
         leaf.repeated,
         leaf.options,
         leaf.scale,
+        leaf.text_column,
+        leaf.number_column,
     )
 
 

@@ -8,10 +8,11 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,11 +21,20 @@ import pyarrow.parquet as pq
 from pymongo.errors import OperationFailure, PyMongoError
 
 from quern.analytics import follow, source, warehouse
-from quern.analytics.build import Builder, Day
+from quern.analytics.build import Builder, Built
 from quern.analytics.integrity import days_in, differing_rows
-from quern.analytics.manifest import Manifest, Source, load_or_empty, write_atomically
+from quern.analytics.manifest import NAME as MANIFEST
+from quern.analytics.manifest import (
+    Manifest,
+    NoWarehouseError,
+    OtherFormatError,
+    Source,
+    load_or_empty,
+    write_atomically,
+)
 from quern.analytics.settings import AnalyticsSettings
-from quern.analytics.work import TenantDay, Work
+from quern.analytics.warehouse import is_closed, month_of
+from quern.analytics.work import Span, TenantDay, Work
 from quern.store import clock
 from quern.store.connection import Db, is_away
 
@@ -36,6 +46,8 @@ _LOCK: Final = ".lock"
 _READ_AGAIN: Final = frozenset({239, 246, 43})
 _TRIES: Final = 30
 _SAVE_EVERY: Final = 5.0
+#: Documents of days that are built together.
+_TOGETHER: Final = 20_000
 #: Problems that a report quotes.
 _QUOTED: Final = 100
 
@@ -154,7 +166,7 @@ class Etl:
         return report
 
     def _run(self, report: Report, asked: Range | None, everything: bool) -> None:
-        manifest = load_or_empty(self.root)
+        manifest = self._manifest(anew=everything)
         work = Work.resume(manifest)
         begun = clock.now()
         self._find_out(manifest, work, report, begun, asked, everything)
@@ -184,6 +196,17 @@ class Etl:
         work.forget()
         report.generation, report.freshness, report.said = published.generation, begun, work.said
         report.deleted_files = self._prune(published, None)
+
+    def _manifest(self, *, anew: bool) -> Manifest:
+        """The warehouse to go on from: none where it is of another version, or with `anew` not readable."""
+        try:
+            return load_or_empty(self.root)
+        except NoWarehouseError as error:
+            if not anew and not isinstance(error, OtherFormatError):
+                raise
+            _log.warning("the warehouse is made anew", extra={"error": str(error)})
+            (self.root / MANIFEST).unlink()
+            return Manifest(self.root)
 
     def _find_out(
         self,
@@ -242,7 +265,7 @@ class Etl:
             self._pause()
             stored = source.days(self._db, tenant, asked.since, asked.until)
             known = {day for who, day in self._days_in(manifest, tenant) if low <= day < high}
-            work.want((tenant, day) for day in stored | known)
+            work.want((tenant, day) for day in stored.keys() | known)
             work.dimensions.add(tenant)
 
     def _days_in(self, manifest: Manifest, tenant: str | None = None) -> set[TenantDay]:
@@ -268,16 +291,17 @@ class Etl:
 
     def _build(self, manifest: Manifest, work: Work, report: Report, today: date) -> None:
         total, saved = len(work.pending), time.monotonic()
-        for number, (tenant, day) in enumerate(sorted(work.pending, key=lambda item: (item[0], item[1]))):
-            self._progress(Progress(number, total, report.documents, f"{tenant} {day}"))
-            built = self._build_day(tenant, day, manifest, today)
+        for tenant, first, last, period in self._spans(work.pending, today):
+            self._progress(Progress(total - len(work.pending), total, report.documents, f"{tenant} {first}"))
+            built = self._build_span(tenant, first, last, period, manifest, today)
             report.documents += built.documents
             if built.problems:
-                report.mismatched_days += 1
-                named = self._name_rows(built)
-                report.problems += [f"{tenant} {day}: {problem}" for problem in [*built.problems, *named]]
+                report.mismatched_days += len(built.problems)
+                for day, problems in built.problems.items():
+                    named = differing_rows(self._db, self.root, tenant, day, built.partitions)
+                    report.problems += [f"{tenant} {day}: {problem}" for problem in [*problems, *named]]
                 continue
-            work.done((tenant, day), built.partitions)
+            work.done(Span(tenant, first, last, built.partitions))
             if time.monotonic() - saved > _SAVE_EVERY:
                 work.save()
                 saved = time.monotonic()
@@ -287,11 +311,30 @@ class Etl:
             report.problems = report.problems[:_QUOTED]
             raise MismatchError(report)
 
-    def _build_day(self, tenant: str, day: date, manifest: Manifest, today: date) -> Day:
+    def _spans(self, pending: Iterable[TenantDay], today: date) -> Iterator[tuple[str, date, date, str]]:
+        """The days to build: tenant, first, last, and the period of the files.
+
+        Days of a closed month are built together as long as they are few documents: small files cost more than their
+        rows. Where that is a whole month, the file is the month's already and need not be merged.
+        """
+        months = groupby(sorted(pending), key=lambda item: (item[0], month_of(item[1])))
+        for (tenant, month), found in months:
+            days = [day for _, day in found]
+            if not is_closed(month, today, self._settings.compact_after_days):
+                yield from ((tenant, day, day, day.isoformat()) for day in days)
+                continue
+            self._pause()
+            stored = source.days(self._db, tenant, days[0], days[-1] + timedelta(days=1)) if len(days) > 1 else {}
+            # The days between that were not asked for as well: they are few documents.
+            spans = list(_together(days, stored))
+            for first, last in spans:
+                yield tenant, first, last, month if len(spans) == 1 else f"{first}_{last}"
+
+    def _build_span(self, tenant: str, first: date, last: date, period: str, manifest: Manifest, today: date) -> Built:
         for attempt in range(_TRIES):
             self._pause()
             try:
-                return self._builder.build(tenant, day, manifest.generation + 1, manifest, today)
+                return self._builder.build(tenant, first, last, period, manifest.generation + 1, manifest, today)
             except PyMongoError as error:
                 again = isinstance(error, OperationFailure) and error.code in _READ_AGAIN
                 if attempt == _TRIES - 1 or not (again or is_away(error)):
@@ -299,10 +342,6 @@ class Etl:
                 _log.warning("a day is read again", extra={"tenant": tenant, "error": type(error).__name__})
                 time.sleep(min(0.2 * 2**attempt, 5.0))
         raise AssertionError("the loop returns or raises")
-
-    def _name_rows(self, built: Day) -> list[str]:
-        """Which rows of a built day differ from MongoDB."""
-        return differing_rows(self._db, self.root, built.tenant, built.day, built.partitions)
 
     def prune(self) -> int:
         """Delete what no reader can need any more; returns the number of files.
@@ -334,6 +373,22 @@ class Etl:
             yield
         finally:
             os.close(handle)
+
+
+def _together(days: list[date], stored: dict[date, int]) -> Iterator[tuple[date, date]]:
+    """Spans from the first of `days` to the last, each with _TOGETHER documents at most, or a single day."""
+    first = last = days[0]
+    size = stored.get(first, 0)
+    for day in days[1:]:
+        between = [last + timedelta(days=number) for number in range(1, (day - last).days + 1)]
+        more = sum(stored.get(item, 0) for item in between)
+        if size + more > _TOGETHER:
+            yield first, last
+            first, size = day, stored.get(day, 0)
+        else:
+            size += more
+        last = day
+    yield first, last
 
 
 def last_report(root: Path) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@
 Each file is replaced whole, by rename, whenever its day is rewritten; a day without rows has no file.
 """
 
+from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -14,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quern.analytics.flatten import to_json
+from quern.analytics.manifest import safe
 from quern.analytics.partition import open_writer
-from quern.analytics.source import Chunk
+from quern.analytics.source import Chunk, DayChunk
 
 Compression = Literal["zstd", "gzip", "none"]
 _SUFFIX: Final = {"zstd": ".zst", "gzip": ".gz", "none": ""}
@@ -46,8 +49,50 @@ AUDIT: Final = pa.schema(
 _NESTED: Final = frozenset({"answers", "results", "steps", "detail"})
 
 
-class ExtractWriter:
-    """Writes the two files of one collection's day. One left by an exception changes nothing."""
+class Extract:
+    """Writes the files of one collection's days, one day after the other. One left by an exception changes nothing."""
+
+    def __init__(self, root: Path, tenant: str, name: str, columns: pa.Schema, compression: Compression) -> None:
+        self._folder, self._name, self._columns, self._compression = root / safe(tenant), name, columns, compression
+        self._written: dict[date, _DayWriter] = {}
+        self._open: _DayWriter | None = None
+
+    def __enter__(self) -> "Extract":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        if kind is not None:
+            for writer in self._written.values():
+                writer.abandon()
+
+    def write(self, chunk: DayChunk) -> None:
+        """Add some documents of a day; a day that another followed does not come again."""
+        writer = self._written.get(chunk.day)
+        if writer is None:
+            self._close()
+            writer = self._open = self._written[chunk.day] = self._writer(chunk.day)
+        writer.write(chunk)
+
+    def _writer(self, day: date) -> "_DayWriter":
+        return _DayWriter(self._folder / day.isoformat(), self._name, self._columns, self._compression)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def replace(self, days: Iterable[date]) -> None:
+        """Put the written files of these days in place; what there was before goes, also where there is nothing now."""
+        self._close()
+        for day in days:
+            (self._written.get(day) or self._writer(day)).replace()
+
+
+class _DayWriter:
+    """The two files of one collection's day."""
 
     def __init__(self, directory: Path, name: str, columns: pa.Schema, compression: Compression) -> None:
         self._directory, self._columns, self._compression = directory, columns, compression
@@ -57,19 +102,11 @@ class ExtractWriter:
         self._line_file: Any = None
         self._table_file: pq.ParquetWriter | None = None
 
-    def __enter__(self) -> "ExtractWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-        if kind is not None:
-            for path in (self._lines, self._parquet):
-                _temporary(path).unlink(missing_ok=True)
+    def abandon(self) -> None:
+        for path in (self._lines, self._parquet):
+            _temporary(path).unlink(missing_ok=True)
 
     def write(self, chunk: Chunk) -> None:
-        """Add some documents."""
         if self._table_file is None:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._line_file = _open_lines(_temporary(self._lines), self._compression)
@@ -99,7 +136,7 @@ class ExtractWriter:
         arrays = [pa.array(columns[field.name], field.type) for field in self._columns]
         self._table_file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._columns))
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._line_file is not None:
             self._line_file.close()
             self._line_file = None
@@ -108,8 +145,6 @@ class ExtractWriter:
             self._table_file = None
 
     def replace(self) -> None:
-        """Put the written files in place; what there was of the day before goes, also when there is nothing now."""
-        self._close()
         kept = []
         for path in (self._lines, self._parquet):
             if _temporary(path).exists():

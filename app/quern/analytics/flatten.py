@@ -6,7 +6,7 @@ nothing that is in MongoDB is missing in the warehouse.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from typing import Any, Final
 
@@ -24,6 +24,9 @@ from quern.workflows.definition import Workflow
 _FIRST_DAY: Final = date(1900, 1, 1)
 _LAST_DAY: Final = date(2299, 12, 31)
 _TEXTS: Final = frozenset({"text", "long_text"})
+#: Kinds of fields and steps with a short text (an option, a label), and with a number (an answer, a score).
+_PROMOTED_TEXTS: Final = frozenset({"choice", "classify", "sentiment"})
+_PROMOTED_NUMBERS: Final = frozenset({"number", "rating", "classify", "sentiment"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Leaf:
     repeated: bool = False
     options: str | None = None
     scale: int | None = None
+    text_column: int | None = None
+    number_column: int | None = None
+    """Where a copy of an answer stands in `fact_response`; of a step: of its label, and of its score."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Version:
     step_kinds: dict[str, str]
     first_sentiment: str | None
     first_label: str | None
+    answer_columns: dict[str, str]
+    """Path to the column of `fact_response` that has a copy of its value."""
+    result_columns: dict[str, str]
+    """`<step>.<member>`, likewise."""
 
     @classmethod
     def of(cls, form: str, number: int, definition: str, workflow: str) -> "Version":
@@ -72,6 +82,11 @@ class Version:
     @classmethod
     def _made(cls, form: str, number: int, leaves: tuple[Leaf, ...], steps: tuple[Leaf, ...]) -> "Version":
         first = {step.kind: step.path for step in reversed(steps)}
+        leaves, steps = _with_columns(leaves, steps)
+        answers = {leaf.path: f"text_{leaf.text_column}" for leaf in leaves if leaf.text_column}
+        answers |= {leaf.path: f"number_{leaf.number_column}" for leaf in leaves if leaf.number_column}
+        results = {f"{step.path}.label": f"text_{step.text_column}" for step in steps if step.text_column}
+        results |= {f"{step.path}.score": f"number_{step.number_column}" for step in steps if step.number_column}
         return cls(
             form,
             number,
@@ -81,7 +96,25 @@ class Version:
             {step.path: step.kind for step in steps},
             first.get("sentiment"),
             first.get("classify"),
+            answers,
+            results,
         )
+
+
+def _with_columns(leaves: tuple[Leaf, ...], steps: tuple[Leaf, ...]) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
+    """The same with the columns that hold copies of their values: of the first that are short and come once."""
+    texts, numbers = (iter(range(1, schema.PROMOTED + 1)) for _ in range(2))
+    made = [
+        replace(
+            leaf,
+            text_column=next(texts, None) if leaf.kind in _PROMOTED_TEXTS else None,
+            number_column=next(numbers, None) if leaf.kind in _PROMOTED_NUMBERS else None,
+        )
+        if not leaf.repeated
+        else leaf
+        for leaf in (*steps, *leaves)
+    ]
+    return tuple(made[len(steps) :]), tuple(made[: len(steps)])
 
 
 def _leaves(fields: Sequence[Any], prefix: str = "", repeated: bool = False) -> Iterator[Leaf]:
@@ -137,6 +170,9 @@ class Flattener:
     """Turns a chunk of response documents into batches; made anew for each chunk."""
 
     def __init__(self) -> None:
+        self.explained = True
+        """Whether every value so far was what its version says: else columns of `fact_response` lack some."""
+        self._copies: dict[str, list[Any]] = {}
         self._responses_added: list[tuple[Any, ...]] = []
         self._streams = {column: _Stream() for column in ("value_text", "value_number", "value_bool", "value_date")}
         self._text, self._number = self._streams["value_text"], self._streams["value_number"]
@@ -162,6 +198,11 @@ class Flattener:
         answer_rows = self._rows
         for step, result in results.items():
             self._result(version.step_kinds.get(step, ""), step, result)
+            if version.result_columns and type(result) is dict:
+                for member in ("label", "score"):
+                    column = version.result_columns.get(f"{step}.{member}")
+                    if column is not None and result.get(member) is not None:
+                        self._copy(column, result[member], "")
         created, processed = document["created"], document.get("processed")
         states = list((document.get("steps") or {}).values())
         respondent = self._respondent
@@ -213,6 +254,11 @@ class Flattener:
         leaf = version.by_path.get(path)
         kind = leaf.kind if leaf is not None else "unknown"
         self._answered.add(path)
+        column = version.answer_columns.get(path)
+        if column is not None:
+            self._copy(column, value, item)
+        elif leaf is None:
+            self.explained = False
         if type(value) is str:
             if kind in _TEXTS:
                 self._length += len(value)
@@ -234,7 +280,19 @@ class Flattener:
         else:
             self._put(self._text, "answer", path, "unknown", item, str(value))
 
+    def _copy(self, column: str, value: Any, item: str) -> None:
+        """Put a single value into a column of `fact_response`, where it is of the column's type."""
+        fits = type(value) is str if column.startswith("text") else type(value) in (int, float)
+        if item or not fits:
+            self.explained = False
+            return
+        copies = self._copies.setdefault(column, [])
+        copies += [None] * (self._row - len(copies))
+        copies.append(value)
+
     def _result(self, step_kind: str, step: str, result: Any) -> None:
+        if not step_kind:
+            self.explained = False
         if not isinstance(result, dict):
             self._plain(step, "other", result, "")
             return
@@ -302,6 +360,9 @@ class Flattener:
         columns: dict[str, Any] = dict(zip(_RESPONSE_COLUMNS, zip(*self._responses_added, strict=True), strict=True))
         created = pa.array(columns["created"], pa.timestamp("ms"))
         columns |= {"created": created, "day": created.cast(pa.date32(), safe=False)}
+        for name in _COPIES:
+            copies = self._copies.get(name, [])
+            columns[name] = copies + [None] * (self._row - len(copies))
         return batch(schema.FACT_RESPONSE, columns)
 
     def _answers(self, responses: pa.RecordBatch, column: str, stream: _Stream) -> pa.RecordBatch:
@@ -327,7 +388,8 @@ class Flattener:
         return batch(schema.FACT_ANSWER, {**taken, **values, **facts})
 
 
-_RESPONSE_COLUMNS: Final = [column for column in schema.FACT_RESPONSE.names if column != "day"]
+_COPIES: Final = [f"{kind}_{number}" for kind in ("text", "number") for number in range(1, schema.PROMOTED + 1)]
+_RESPONSE_COLUMNS: Final = [name for name in schema.FACT_RESPONSE.names if name != "day" and name not in _COPIES]
 _KEY: Final = ["tenant", "form", "version", "response", "created", "day"]
 #: (kind of step, member of its result) to the kind of the row.
 _RESULT_KINDS: Final = {

@@ -96,30 +96,30 @@ def verify(
 def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verification) -> list[str]:
     stored, sample, kept_jobs = Tally(), Sample(), set[str]()
     with source.snapshot(db) as session:
-        reader = source.DayReader(db, session, tenant, day)
+        reader = source.SpanReader(db, session, tenant, day, day)
         for chunk in reader.responses():
             for document, digest in zip(chunk.documents, chunk.digests, strict=True):
                 stored.responses += 1
                 stored.response_hash = source.signed(stored.response_hash + digest)
                 stored.add_document(document)
-                sample.offer(document, digest)
+                sample.offer(day, document, digest)
             for job in reader.jobs([document["_id"] for document in chunk.documents]):
                 kept_jobs.add(job["_id"])
                 stored.jobs += 1
                 stored.attempts += job["attempt"]
-        stored.audit, stored.audit_hash = reader.count_audit()
+        ((stored.audit, stored.audit_hash),) = reader.count_audit()
     there = Tally()
     files = {table: manifest.files(table, tenant, day, day + timedelta(days=1)) for table in _FACTS}
     for table, paths in files.items():
         for rows in _rows_of(paths, [*COUNTED[table], *(["job"] if table == "fact_job" else [])], day):
             if table == "fact_job":
                 rows = rows.filter(pc.is_in(rows.column("job"), pa.array(sorted(kept_jobs), pa.string())))
-            add_rows(there, table, rows)
+            add_rows({day: there}, table, rows)
     found.days += 1
     found.responses += stored.responses
     found.audit += stored.audit
     found.figures.append({"tenant": tenant, "day": day.isoformat(), **_figures(stored, there)})
-    problems = stored.differences(there) + sample.compare(files["fact_answer"])
+    problems = stored.differences(there) + [problem for _, problem in sample.compare(files["fact_answer"])]
     if problems:
         problems += _named(db, tenant, day, files["fact_response"], files["fact_audit"])
     return problems
@@ -171,7 +171,7 @@ def differing_rows(db: Db, root: Path, tenant: str, day: date, partitions: dict[
 
 def _named(db: Db, tenant: str, day: date, responses: list[Path], audit: list[Path]) -> list[str]:
     with source.snapshot(db) as session:
-        reader = source.DayReader(db, session, tenant, day)
+        reader = source.SpanReader(db, session, tenant, day, day)
         pairs = (
             ("response", reader.hashes(), _hashes(responses, "response", day)),
             ("audit entry", reader.audit_hashes(), _hashes(audit, "entry", day)),

@@ -25,11 +25,15 @@ from quern.analytics.schema import TABLES
 NAME: Final = "manifest.json"
 SHARED: Final = "shared"
 ALL: Final = "all"
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 
 class NoWarehouseError(Exception):
     """There is no warehouse to read, or not one that this version knows; the text says what to run."""
+
+
+class OtherFormatError(NoWarehouseError):
+    """The warehouse is of another version; the next run makes it anew."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,20 @@ class Partition:
     bytes: int
     hash: str
     """BLAKE2b-128 of the file, hex."""
+    explained: bool = True
+    """Of `fact_response`: every value was what its form's version says, so the promoted columns hold all of theirs."""
 
     @property
     def days(self) -> tuple[date, date]:
         """First day, and the day after the last. Of `all`: every day."""
         if self.period == ALL:
             return date.min, date.max
-        if len(self.period) == 7:
+        if is_month(self.period):
             first = date.fromisoformat(f"{self.period}-01")
             return first, (first + timedelta(days=31)).replace(day=1)
-        first = date.fromisoformat(self.period)
-        return first, first + timedelta(days=1)
+        # A span of days is never published: only the work in progress knows it.
+        start, _, end = self.period.partition("_")
+        return date.fromisoformat(start), date.fromisoformat(end or start) + timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,8 @@ class Manifest:
                 f"expected a readable {root / NAME}, found {type(error).__name__}; run `quern etl rebuild`"
             ) from None
         if raw.get("format") != _FORMAT:
-            raise NoWarehouseError(
-                f"expected a warehouse of format {_FORMAT}, found {raw.get('format')}; run `quern etl rebuild`"
+            raise OtherFormatError(
+                f"expected a warehouse of format {_FORMAT}, found {raw.get('format')}; run `quern etl run`"
             )
         return cls.of(root, raw)
 
@@ -254,6 +261,11 @@ def sync_directory(directory: Path) -> None:
 def day_of(moment: datetime) -> date:
     """The UTC day of a moment."""
     return moment.astimezone(UTC).date()
+
+
+def is_month(period: str) -> bool:
+    """Whether a partition's period is a month."""
+    return len(period) == len("2026-11")
 
 
 def safe(tenant: str) -> str:

@@ -22,12 +22,23 @@ class PartitionWriter:
     """Writes batches of a table's rows into one file of the warehouse. A writer left by an exception leaves nothing.
 
     Batches are gathered until ROW_GROUP rows or `batch_bytes` bytes, so that memory does not grow with the rows.
+    With `sort` they are gathered until the end and sorted by the table's order; rows of more than
+    `batch_bytes` bytes are not: then `sorted` is false.
     """
 
     def __init__(
-        self, root: Path, table: Table, tenant: str, period: str, generation: int, *, batch_bytes: int = 32 << 20
+        self,
+        root: Path,
+        table: Table,
+        tenant: str,
+        period: str,
+        generation: int,
+        *,
+        batch_bytes: int = 32 << 20,
+        sort: bool = False,
     ) -> None:
         self._table, self._period, self._limit = table, period, batch_bytes
+        self.sorted = sort
         # The random part: a run that was killed may have left a file of this generation.
         self._path = f"tenants/{safe(tenant)}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"
         self._final = root / self._path
@@ -55,7 +66,8 @@ class PartitionWriter:
         self._waiting_rows += batch.num_rows
         self._waiting_bytes += batch.nbytes
         self.rows += batch.num_rows
-        if self._waiting_rows >= ROW_GROUP or self._waiting_bytes >= self._limit:
+        if self._waiting_bytes >= self._limit or (not self.sorted and self._waiting_rows >= ROW_GROUP):
+            self.sorted = False
             self._flush()
 
     def _flush(self) -> None:
@@ -64,7 +76,10 @@ class PartitionWriter:
         if self._writer is None:
             self._final.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._writer = open_writer(self._temporary, self._schema)
-        self._writer.write_table(pa.Table.from_batches(self._waiting, self._schema), row_group_size=ROW_GROUP)
+        rows = pa.Table.from_batches(self._waiting, self._schema)
+        if self.sorted:
+            rows = rows.sort_by([(name, "ascending") for name in self._table.order])
+        self._writer.write_table(rows, row_group_size=ROW_GROUP)
         self._waiting = []
         self._waiting_rows = self._waiting_bytes = 0
 

@@ -6,6 +6,7 @@ Nothing that a client sends becomes a part of the SQL: values and paths are boun
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from functools import cached_property
 from typing import Any, Final
 
 import pyarrow as pa
@@ -34,6 +35,8 @@ _QUANTILES: Final = {"p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.
 _OF_ANSWER: Final = frozenset({"form", "version", "weekday", "hour", TENANT})
 _COMPARE: Final = {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _DEFAULT_TOP: Final = 100
+#: Forms named in one expression; beyond that the answers' own rows are read.
+_MOST_FORMS: Final = 50
 #: Kinds of `dim_field` whose answers have one row a response at most, unless they are repeated.
 _KNOWN_TEXT: Final = frozenset({"text", "long_text", "choice", "multiple_choice", "email", "date"})
 
@@ -50,6 +53,20 @@ class FieldInfo:
     repeated: bool
 
 
+FormVersion = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which answers and results `fact_response` has copies of, for all versions of the forms in reach."""
+
+    columns: dict[str, dict[FormVersion, str]] = field(default_factory=dict)
+    """`answer.<path>` or `result.<step>.<member>` to its column in each version that has it. Only names that have a
+    column in every such version."""
+    users: dict[str, frozenset[FormVersion]] = field(default_factory=dict)
+    """Column to the versions in which it holds something."""
+
+
 @dataclass(frozen=True)
 class Asker:
     """Whose rows are in reach, and which fields their forms have."""
@@ -60,6 +77,7 @@ class Asker:
     fields: dict[str, FieldInfo] = field(default_factory=dict)
     """`answer.<path>` to what it is, of every version of every form."""
     steps: frozenset[str] = frozenset()
+    copies: Copies = Copies()
 
 
 def plan(question: Question, dialect: Dialect, manifest: Manifest, asker: Asker) -> Statement:
@@ -292,7 +310,7 @@ class _Plan:
         if subject != "response":
             return self._plain_fact(subject, filters)
         paths = [name for name in self.question.dimensions if PATH.fullmatch(name)]
-        if self._answers_suffice(paths, filters):
+        if not self._copies_suffice(paths, filters) and self._answers_suffice(paths, filters):
             return self._answers_alone(paths, filters)
         return self._responses(filters, paths)
 
@@ -312,13 +330,21 @@ class _Plan:
         moment = "r.created"
         tables = [f"{self.scan('fact_response')} r"]
         where = ["r.status <> 'erased'", *self._within(moment)]
-        where += [self._response_condition(item) for item in filters]
+        where += [self._response_condition(item, copied=True) for item in filters]
         dimensions = self._own_dimensions("r", self.question.dimensions)
         for place, name in enumerate(paths):
+            copy = self._copy(name)
+            if copy is not None:
+                where.append(f"{copy} IS NOT NULL")
+                dimensions[name] = copy if _is_text(copy) else self.dialect.plain(copy)
+                continue
             tables.append(f"JOIN ({self._values(name)}) a{place} ON a{place}.response = r.response")
             dimensions[name] = f"a{place}.value"
         value = self._measured("r")
         if self.question.measure is Measure.ANSWER:
+            copy = self._copy(self.question.of or "")
+            if copy is not None and not _is_text(copy):
+                return _Source(tables, [*where, f"{copy} IS NOT NULL"], dimensions, moment, copy)
             source, path = self._path(self.question.of or "")
             numbers = (
                 f"SELECT response, value_number FROM {self.scan('fact_answer')} n WHERE source = '{source}' "
@@ -341,6 +367,50 @@ class _Plan:
         local = self._local(f"{alias}.created")
         special = {"weekday": self.dialect.weekday(local), "hour": self.dialect.hour(local)}
         return {name: special.get(name, f"{alias}.{_quoted(name)}") for name in names if not PATH.fullmatch(name)}
+
+    def _copies_suffice(self, paths: list[str], filters: Sequence[Filter]) -> bool:
+        """Whether `fact_response` answers alone, with the copies of answers and results that it has."""
+        question = self.question
+        names = [*paths, *(item.dimension for item in filters if PATH.fullmatch(item.dimension))]
+        if question.measure is Measure.ANSWER:
+            copy = self._copy(question.of or "")
+            return copy is not None and not _is_text(copy) and all(map(self._copy, names))
+        return all(map(self._copy, names))
+
+    @cached_property
+    def _copies(self) -> dict[str, dict[FormVersion, str]]:
+        """The copies that can be relied on: none where a file in reach has values that no version explains."""
+        bounds = self.question.range
+        since = bounds.start.date() if bounds.start else None
+        for tenant in self.asker.tenants:
+            if not all(item.explained for item in self.manifest.partitions("fact_response", tenant, since)):
+                return {}
+        return self.asker.copies.columns
+
+    def _copy(self, name: str) -> str | None:
+        """The expression of `fact_response r` with a copy of an answer or a result, if there is one."""
+        found = self._copies.get(name)
+        if found is None:
+            return None
+        known = self.asker.copies
+        columns = sorted(set(found.values()))
+        if len(columns) == 1 and known.users[columns[0]] == found.keys():
+            return f"r.{columns[0]}"
+        cases, forms = [], 0
+        for column in columns:
+            of_form: dict[str, list[int]] = {}
+            for (form, version), its in sorted(found.items()):
+                if its == column:
+                    of_form.setdefault(form, []).append(version)
+            forms += len(of_form)
+            if forms > _MOST_FORMS:
+                return None
+            those = [
+                f"r.form = {self.bind(form)} AND r.version IN ({', '.join(map(str, versions))})"
+                for form, versions in of_form.items()
+            ]
+            cases.append(f"WHEN {' OR '.join(those)} THEN r.{column}")
+        return f"CASE {' '.join(cases)} END"
 
     def _answers_suffice(self, paths: list[str], filters: Sequence[Filter]) -> bool:
         """Whether `fact_answer` answers: by paths only, and nothing else is asked that only a response knows."""
@@ -408,10 +478,14 @@ class _Plan:
 
     # Filters
 
-    def _response_condition(self, item: Filter, alias: str = "r") -> str:
+    def _response_condition(self, item: Filter, alias: str = "r", *, copied: bool = False) -> str:
+        """`copied`: `alias` is `fact_response` itself, with its copies."""
         name = item.dimension
         if not PATH.fullmatch(name):
             return self._condition(self._own_dimensions(alias, [name])[name], item)
+        copy = self._copy(name) if copied else None
+        if copy is not None:
+            return self._copy_condition(copy, item)
         kind, path = self._path(name)
         wanted = item.values != [False] if item.op == "exists" else item.op != "not_in"
         if kind == "step":
@@ -426,6 +500,20 @@ class _Plan:
                 f"WHERE f.source = '{kind}' AND f.path = {self.bind(path)} AND {matching}"
             )
         return f"{alias}.response {'IN' if wanted else 'NOT IN'} ({inner})"
+
+    def _copy_condition(self, copy: str, item: Filter) -> str:
+        if item.op == "exists":
+            return f"{copy} IS {'NULL' if item.values == [False] else 'NOT NULL'}"
+        values: list[str | float | bool] = [
+            value if isinstance(value, str) else float(value)
+            for value in item.values
+            if isinstance(value, str) == _is_text(copy) and not isinstance(value, bool)
+        ]
+        negative = item.op == "not_in"
+        if not values:
+            return "1 = 1" if negative else "1 = 0"
+        matching = self._matching(copy, _positive(item).model_copy(update={"values": values}))
+        return f"({copy} IS NULL OR NOT {matching})" if negative else matching
 
     def _answer_side(self, filters: Sequence[Filter], alias: str = "a") -> list[str]:
         """Filters on rows of answers: those that such a row can answer itself, the others by its response."""
@@ -515,6 +603,10 @@ def _arrow(question: Question, name: str) -> pa.DataType:
 
 def _positive(item: Filter) -> Filter:
     return item.model_copy(update={"op": "in"}) if item.op == "not_in" else item
+
+
+def _is_text(copy: str) -> bool:
+    return "r.text_" in copy
 
 
 def _quoted(name: str) -> str:

@@ -88,6 +88,9 @@ class Table:
         return ", ".join(f"`{column.name}` {column.clickhouse}" for column in self.columns)
 
 
+#: Columns of `fact_response` of each type for the answers and results of a form's first short fields.
+PROMOTED: Final = 16
+
 _TENANT = Column("tenant", Type.TEXT, "`ten_…`; the same in every row of a file")
 _FORM = Column("form", Type.TEXT, "`frm_…`")
 _VERSION = Column("version", Type.INTEGER, "the form's version that was answered, from 1")
@@ -125,6 +128,16 @@ FACT_RESPONSE: Final = Table(
         Column("steps_done", Type.INTEGER, "of those: done"),
         Column("steps_dead", Type.INTEGER, "of those: failed for good"),
         Column("hash", Type.BIGINT, "64 bits of BLAKE2b over the document's BSON, see `integrity`"),
+        *(
+            Column(
+                f"{name}_{number}",
+                kind,
+                f"a copy of one {name} in `fact_answer`; `dim_field` says for each version which, if any",
+                nullable=True,
+            )
+            for name, kind in (("text", Type.TEXT), ("number", Type.DOUBLE))
+            for number in range(1, PROMOTED + 1)
+        ),
     ),
     order=("form", "created", "response"),
     dated=True,
@@ -278,6 +291,8 @@ DIM_FIELD: Final = Table(
         Column("repeated", Type.BOOLEAN, "has several rows a response: in a repeated group, or multiple_choice"),
         Column("options", Type.TEXT, "choices as a JSON object, value to label", nullable=True),
         Column("scale", Type.INTEGER, "of a rating", nullable=True),
+        Column("text_column", Type.INTEGER, "n: a copy of it, or of its label, is in `text_n`", nullable=True),
+        Column("number_column", Type.INTEGER, "n: a copy of it, or of its score, is in `number_n`", nullable=True),
     ),
     order=("form", "version", "source", "position"),
     dated=False,

@@ -1,4 +1,4 @@
-"""Reading MongoDB for the warehouse: one tenant's day at a time, as of one moment, twice.
+"""Reading MongoDB for the warehouse: a tenant's day, or a span of days, as of one moment, twice.
 
 Every document is hashed as the bytes that MongoDB sent, before anything is made of it. The second reading only counts
 and hashes, so that what was built is compared with the database and not with itself. Both readings happen in one
@@ -40,6 +40,7 @@ BATCH: Final = 2000
 #: Moments without a zone, for speed: they are all UTC.
 _PLAIN: Final[CodecOptions[Document]] = CodecOptions(tz_aware=False)
 _MASK: Final = (1 << 64) - 1
+_MOMENT: Final = {"responses": "created", "audit": "at"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,24 @@ class Chunk:
 
     documents: list[Document]
     digests: list[int]
+
+    def by_day(self, moment: str) -> "Iterator[DayChunk]":
+        """Its runs of documents of one day, by the field that holds their moment."""
+        start = 0
+        while start < len(self.documents):
+            day = self.documents[start][moment].date()
+            end = start + 1
+            while end < len(self.documents) and self.documents[end][moment].date() == day:
+                end += 1
+            yield DayChunk(self.documents[start:end], self.digests[start:end], day)
+            start = end
+
+
+@dataclass(frozen=True)
+class DayChunk(Chunk):
+    """Documents of one day."""
+
+    day: date
 
 
 @contextmanager
@@ -85,25 +104,27 @@ def tenants(db: Db, session: ClientSession | None = None) -> list[str]:
     return sorted(found)
 
 
-def days(db: Db, tenant: str, since: date | None = None, until: date | None = None) -> set[date]:
-    """Days of [since, until) on which a tenant has a response or an audit entry, from the indexes alone."""
-    found: set[date] = set()
+def days(db: Db, tenant: str, since: date | None = None, until: date | None = None) -> dict[date, int]:
+    """Days of [since, until) on which a tenant has responses or audit entries, and how many; from the indexes alone."""
+    found: dict[date, int] = {}
     for collection, moment in (("responses", "created"), ("audit", "at")):
         span = {"$gte": bounds(since or date.min)[0], "$lt": bounds(until or date.max)[0]}
         match: Document = {"tenant": tenant, moment: span}
         if collection == "responses":
             match["form"] = {"$in": db.responses.distinct("form", {"tenant": tenant})}
-        group = {"$group": {"_id": {"$dateTrunc": {"date": f"${moment}", "unit": "day"}}}}
-        found |= {row["_id"].date() for row in db[collection].aggregate([{"$match": match}, group])}
+        group = {"$group": {"_id": {"$dateTrunc": {"date": f"${moment}", "unit": "day"}}, "count": {"$sum": 1}}}
+        for row in db[collection].aggregate([{"$match": match}, group]):
+            day = row["_id"].date()
+            found[day] = found.get(day, 0) + row["count"]
     return found
 
 
-class DayReader:
-    """One tenant's day, as of one moment."""
+class SpanReader:
+    """A tenant's days from the first to the last, as of one moment, in the order of time where they are several."""
 
-    def __init__(self, db: Db, session: ClientSession, tenant: str, day: date) -> None:
-        self._db, self._session, self._tenant = db, session, tenant
-        start, end = bounds(day)
+    def __init__(self, db: Db, session: ClientSession, tenant: str, first: date, last: date) -> None:
+        self._db, self._session, self._tenant, self._sorted = db, session, tenant, first != last
+        start, end = bounds(first)[0], bounds(last)[1]
         # Each form by name: the index begins with tenant and form.
         listed = db.responses.distinct("form", {"tenant": tenant}, session=session)
         self._responses: Document = {
@@ -126,12 +147,15 @@ class DayReader:
         )
         return list(found)
 
-    def count_responses(self) -> tuple[int, int]:
-        """Count and hash of the day's responses, read again."""
-        return self._count("responses", self._responses, RESPONSE_FIELDS)
+    def count_responses(self, per_day: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """Count and hash of the responses, read again: of each day, of which the first reading found `per_day`.
 
-    def count_audit(self) -> tuple[int, int]:
-        return self._count("audit", self._audit, AUDIT_FIELDS)
+        In the same moment and order the n-th document is of the same day as before. What is too many is the last day's.
+        """
+        return self._count("responses", self._responses, RESPONSE_FIELDS, per_day)
+
+    def count_audit(self, per_day: Sequence[int] = ()) -> list[tuple[int, int]]:
+        return self._count("audit", self._audit, AUDIT_FIELDS, per_day)
 
     def count_jobs(self, responses: Sequence[str]) -> int:
         """Jobs of some responses, counted by the server from its index alone."""
@@ -155,19 +179,30 @@ class DayReader:
         }
 
     def _raw(self, collection: str, query: Document, fields: dict[str, int]) -> Iterator[bytes]:
-        return iter(self._db[collection].find_raw_batches(query, fields, session=self._session, batch_size=BATCH))
+        order = [(_MOMENT[collection], 1)] if self._sorted else None
+        found = self._db[collection].find_raw_batches(
+            query, fields, session=self._session, batch_size=BATCH, sort=order
+        )
+        return iter(found)
 
     def _chunks(self, collection: str, query: Document, fields: dict[str, int]) -> Iterator[Chunk]:
         for raw in self._raw(collection, query, fields):
             yield Chunk(bson.decode_all(raw, _PLAIN), [digest(part) for part in split(raw)])
 
-    def _count(self, collection: str, query: Document, fields: dict[str, int]) -> tuple[int, int]:
+    def _count(
+        self, collection: str, query: Document, fields: dict[str, int], per_day: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        left, found = list(per_day[:-1]), []
         count = total = 0
         for raw in self._raw(collection, query, fields):
             for part in split(raw):
+                while left and count == left[0]:
+                    found.append((left.pop(0), signed(total)))
+                    count = total = 0
                 count += 1
                 total += digest(part)
-        return count, signed(total)
+        found.append((count, signed(total)))
+        return found + [(0, 0)] * len(left)
 
 
 def signed(number: int) -> int:

@@ -7,6 +7,7 @@ flattening that it judges: it knows no form, no kind of field and no column.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from datetime import date, timedelta
 from typing import Any
 from zlib import crc32
 
@@ -19,6 +20,7 @@ from quern.store.connection import Document
 
 #: Sums of floating-point numbers depend on their order; this much of their size they may differ by.
 _TOLERANCE = 1e-9
+_EPOCH = date(1970, 1, 1)
 
 
 @dataclass
@@ -134,32 +136,79 @@ class Tally:
         return found
 
 
-def add_rows(tally: Tally, table: str, rows: pa.RecordBatch) -> None:
-    """Count rows as they stand in a partition's file."""
-    if table == "fact_response":
-        tally.responses += rows.num_rows
-        tally.response_hash = signed(tally.response_hash + _wrapped(rows.column("hash")))
-    elif table == "fact_audit":
-        tally.audit += rows.num_rows
-        tally.audit_hash = signed(tally.audit_hash + _wrapped(rows.column("hash")))
+def add_rows(tallies: dict[date, Tally], table: str, rows: pa.RecordBatch) -> None:
+    """Count rows as they stand in a partition's file, each for its day, which must be one of `tallies`.
+
+    Raises:
+        ValueError: there is a row of another day.
+    """
+    if not rows.num_rows:
+        return
+    numbers = rows.column("day").cast(pa.int32()).to_numpy()
+    present, place = np.unique(numbers, return_inverse=True)
+    listed = [tallies.get(_EPOCH + timedelta(days=int(number))) for number in present]
+    if None in listed:
+        raise ValueError(f"{table}: expected rows of {len(tallies)} days, found one of another")
+    days = [tally for tally in listed if tally is not None]
+    counts = np.bincount(place, minlength=len(days))
+    for tally, count in zip(days, counts.tolist(), strict=True):
+        if table == "fact_response":
+            tally.responses += count
+        elif table == "fact_audit":
+            tally.audit += count
+        elif table == "fact_job":
+            tally.jobs += count
+        elif table == "fact_embedding":
+            tally.vectors += count
+    if table in ("fact_response", "fact_audit"):
+        for tally, total in zip(days, _sums(rows.column("hash"), place, len(days)), strict=True):
+            if table == "fact_response":
+                tally.response_hash = signed(tally.response_hash + total)
+            else:
+                tally.audit_hash = signed(tally.audit_hash + total)
     elif table == "fact_job":
-        tally.jobs += rows.num_rows
-        tally.attempts += pc.sum(rows.column("attempts")).as_py() or 0
-    elif table == "fact_embedding":
-        tally.vectors += rows.num_rows
+        for tally, total in zip(days, _sums(rows.column("attempts"), place, len(days)), strict=True):
+            tally.attempts += total
     elif table == "fact_answer":
-        answers = pc.equal(rows.column("source"), "answer")
-        for mask, leaves in ((answers, tally.answers), (pc.invert(answers), tally.results)):
-            part = rows.filter(mask)
-            leaves.rows += part.num_rows
-            texts = part.column("value_text").drop_null()
-            leaves.characters += pc.sum(pc.utf8_length(texts)).as_py() or 0
-            leaves.texts += sum(map(crc32, texts.cast(pa.binary()).to_pylist()))
-            leaves.numbers += pc.sum(part.column("value_number")).as_py() or 0.0
-            leaves.true += pc.sum(part.column("value_bool")).as_py() or 0
+        answers = pc.equal(rows.column("source"), "answer").to_numpy(zero_copy_only=False)
+        for mask, name in ((answers, "answers"), (~answers, "results")):
+            _add_leaves([getattr(tally, name) for tally in days], rows.filter(pa.array(mask)), place[mask])
 
 
-#: The columns that `add_rows` reads.
+def _add_leaves(leaves: list[Leaves], rows: pa.RecordBatch, place: Any) -> None:
+    size = len(leaves)
+    texts = rows.column("value_text")
+    there = texts.is_valid().to_numpy(zero_copy_only=False)
+    known, of_text = texts.drop_null(), place[there]
+    sums = np.zeros(size, dtype=np.int64)
+    np.add.at(sums, of_text, np.fromiter(map(crc32, known.cast(pa.binary()).to_pylist()), np.int64, len(known)))
+    figures = zip(
+        leaves,
+        np.bincount(place, minlength=size).tolist(),
+        _sums(pc.utf8_length(known), of_text, size),
+        sums.tolist(),
+        np.bincount(
+            place, weights=rows.column("value_number").fill_null(0.0).to_numpy(zero_copy_only=False), minlength=size
+        ).tolist(),
+        _sums(rows.column("value_bool").fill_null(False).cast(pa.int32()), place, size),
+        strict=True,
+    )
+    for one, count, characters, text, number, true in figures:
+        one.rows += count
+        one.characters += characters
+        one.texts += text
+        one.numbers += number
+        one.true += true
+
+
+def _sums(values: pa.Array, place: Any, size: int) -> list[int]:
+    """Sums by place, of 64 bits: hashes wrap around."""
+    found = np.zeros(size, dtype=np.int64)
+    np.add.at(found, place, values.to_numpy(zero_copy_only=False).astype(np.int64))
+    return [int(total) for total in found]
+
+
+#: The columns that `add_rows` reads, beside `day`.
 COUNTED = {
     "fact_response": ["hash"],
     "fact_audit": ["hash"],
@@ -167,10 +216,6 @@ COUNTED = {
     "fact_embedding": ["step"],
     "fact_answer": ["source", "value_text", "value_number", "value_bool"],
 }
-
-
-def _wrapped(hashes: pa.Array) -> int:
-    return int(np.sum(hashes.to_numpy(zero_copy_only=False), dtype=np.int64))
 
 
 def leaves_of(document: Document) -> dict[tuple[str, str, str], Any]:

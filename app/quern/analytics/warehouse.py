@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -13,9 +14,9 @@ import pyarrow as pa
 
 from quern.analytics import dimensions, schema
 from quern.analytics.build import open_duckdb, rewrite
-from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired
+from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
 from quern.analytics.partition import PartitionWriter
-from quern.analytics.work import Work
+from quern.analytics.work import Span, Work
 from quern.store.connection import Db
 
 _DATED: Final = [table for table in schema.FACTS if table.dated]
@@ -63,10 +64,10 @@ class Assembly:
         """
         made = self._manifest
         tenants = {tenant for tenant, _ in self._work.built} | set(made.tenants)
-        spill = self._work.root / SPILL
+        spill, spans = self._work.root / SPILL, self._work.spans
         with open_duckdb(self._memory, self._threads, spill) as connection:
             for tenant in sorted(tenants):
-                built = {day: tables for (who, day), tables in self._work.built.items() if who == tenant}
+                built = [span for span in spans if span.tenant == tenant]
                 for table in _DATED:
                     made = made.with_partitions(table.name, tenant, self._table(connection, table, tenant, built))
         return made
@@ -76,30 +77,34 @@ class Assembly:
         connection: duckdb.DuckDBPyConnection,
         table: schema.Table,
         tenant: str,
-        built: dict[date, dict[str, Partition]],
+        built: list[Span],
     ) -> list[Partition]:
+        replaced = {day for span in built for day in span.days}
         kept: list[Partition] = []
         old_months: dict[str, Partition] = {}
         days: dict[str, list[Partition]] = {}
         for partition in self._manifest.partitions(table.name, tenant):
-            if len(partition.period) == 7:
+            if is_month(partition.period):
                 old_months[partition.period] = partition
-            elif date.fromisoformat(partition.period) not in built:
+            elif date.fromisoformat(partition.period) not in replaced:
                 days.setdefault(partition.period[:7], []).append(partition)
-        for tables in built.values():
-            if table.name in tables:
-                found = tables[table.name]
+        for span in built:
+            found = span.tables.get(table.name)
+            if found is not None:
                 days.setdefault(found.period[:7], []).append(found)
-        touched = {month_of(day) for day in built}
+        touched = {month_of(day) for day in replaced}
         for month in sorted({*old_months, *days}):
             old, news = old_months.get(month), days.get(month, [])
             if old is not None and month not in touched:
                 kept.append(old)
             elif old is None and not is_closed(month, self._today, self._after):
                 kept += news
+            elif old is None and [item.period for item in news] == [month]:
+                # Built as one, and sorted.
+                kept += news
             elif news or old is not None:
-                replaced = sorted(day for day in built if month_of(day) == month)
-                merged = self._merge(connection, table, tenant, month, old, replaced, news)
+                again = sorted(day for day in replaced if month_of(day) == month)
+                merged = self._merge(connection, table, tenant, month, old, again, news)
                 if merged is not None:
                     kept.append(merged)
         return kept
@@ -135,6 +140,8 @@ class Assembly:
             found = _fingerprint(connection, f"(SELECT {columns} FROM {self._files([merged])})")  # noqa: S608
         if found != expected:
             raise MergeError(f"{table.name} of {tenant} in {month}: expected {expected[0]} rows, found {found[0]}")
+        if merged is not None:
+            merged = replace(merged, explained=all(item.explained for item in [*news, *([old] if old else [])]))
         self._work.merged[place] = merged
         self._work.save()
         return merged

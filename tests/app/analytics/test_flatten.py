@@ -149,7 +149,7 @@ def test_nothing_is_lost_whatever_the_shape(answers: dict[str, Any], results: di
     flattener.add(document, _VERSION, 1)
     rows: list[dict[str, Any]] = []
     for table, batch in flattener.batches():
-        add_rows(there, table.name, batch)
+        add_rows({document["created"].date(): there}, table.name, batch)
         rows += batch.to_pylist() if table is schema.FACT_ANSWER else []
     stored.add_document(document)
     if not any("vector" in result for result in results.values() if isinstance(result, dict)):
