@@ -2,7 +2,9 @@
 
 The integer products scale their inputs by the largest number in the run (`DynamicQuantizeMatMul` has one scale for the
 whole matrix), so a neighbour in a batch would move a text's vector: enough to change another tenant's scores by 0.07.
-Nobody's text may do that; batches come back with scales for each row.
+Nobody's text may do that. Texts that come together are therefore spread over the cores, the longest first, each
+computed by one thread: nothing is padded, and no thread waits for another. A text that comes alone gets all cores,
+if they are free. Either way computes the same numbers.
 
 Model: a BERT encoder with mean pooling (minilm_onnx.py); tokeniser: Hugging Face `tokenizers`.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+from quern.inference.pace import free_cores
 
 Vector = NDArray[np.float32]
 
@@ -39,12 +44,10 @@ class Embedder:
     """
 
     def __init__(self, model: Path, tokenizer: Path, context: int, threads: int, cached: int = 20_000) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Threads that spin between runs would take the cores from llama.cpp's.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._narrow = _session(model, 1)
+        self._wide = _session(model, threads) if threads > 1 else self._narrow
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "embed-one")
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(context)
@@ -80,9 +83,25 @@ class Embedder:
 
     def _run(self, encoded: list[list[int]]) -> list[Vector]:
         """Vectors of token lists, each from a run of its own."""
-        vectors: list[Vector] = []
-        for tokens in encoded:
-            ids = np.array([tokens], np.int64)
-            (found,) = self._session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
-            vectors.append(found[0])
-        return vectors
+        if len(encoded) == 1:
+            # Threads that wait for one another are slower than one alone when somebody else has the cores.
+            return [_vector(self._wide if free_cores() >= self._threads else self._narrow, encoded[0])]
+        longest_first = sorted(range(len(encoded)), key=lambda place: -len(encoded[place]))
+        coming = {place: self._pool.submit(_vector, self._narrow, encoded[place]) for place in longest_first}
+        return [coming[place].result() for place in range(len(encoded))]
+
+
+def _session(model: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads are fast while a text is computed, and would take the cores from llama.cpp's after it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def _vector(session: onnxruntime.InferenceSession, tokens: list[int]) -> Vector:
+    ids = np.array([tokens], np.int64)
+    (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    vector: Vector = found[0]
+    return vector

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from quern.inference import embedder as embedder_module
 from quern.inference.classifier import label_texts, shares
 from quern.inference.embedder import Embedder
 from quern.inference.protocol import Label
@@ -64,12 +65,22 @@ def test_products_are_computed_in_integers(folder: Path) -> None:
 
 def test_a_neighbour_does_not_change_a_vector_at_all(folder: Path) -> None:
     texts = [("t", f"{'long ' * (index % 40)} text number {index}") for index in range(24)]
-    together = Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, 1).embed(texts).vectors
-    alone = [
-        Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, 1).embed([text]).vectors[0]
-        for text in texts[::6]
-    ]
+
+    def fresh() -> Embedder:
+        return Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, threads=2)
+
+    together = fresh().embed(texts).vectors
+    alone = [fresh().embed([text]).vectors[0] for text in texts[::6]]
     assert all((one == other).all() for one, other in zip(together[::6], alone, strict=True))
+
+
+@pytest.mark.parametrize("free", [0, 2])
+def test_a_busy_machine_changes_no_vector(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("t", "as many words as it takes for two threads to share the work " * 4)
+    (expected,) = Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, threads=1).embed([text]).vectors
+    monkeypatch.setattr(embedder_module, "free_cores", lambda: free)
+    (found,) = Embedder(folder / "model.onnx", folder / "tokenizer.json", 256, threads=2).embed([text]).vectors
+    assert (found == expected).all()
 
 
 def test_equal_texts_are_computed_once_for_a_tenant(embedder: Embedder) -> None:
