@@ -161,6 +161,9 @@ def main() -> None:
         supports_check_mode=True,
     )
     directory, made = Path(module.params["directory"]), []
+    unknown = set(module.params["rotate"]) - {item["file"] for item in module.params["credentials"]}
+    if unknown:
+        module.fail_json(msg=f"expected credentials of this host to rotate, found {sorted(unknown)}")
     for item in module.params["credentials"]:
         path = directory / item["file"]
         phase = module.params["phase"] if item["file"] in module.params["rotate"] else None
