@@ -10,9 +10,9 @@ import httpcore2
 import orjson
 from pydantic import BaseModel
 
-from quern.analytics.breaker import Breaker, CircuitOpenError
 from quern.analytics.question import AnswerPage, Question
 from quern.analytics.service_settings import ServiceSettings
+from quern.breaker import Breaker, CircuitOpenError
 
 Kind = Literal["ask", "cursor", "sql", "gone", "slow", "empty", "sandbox", "engine"]
 _GOOD: Final = 200

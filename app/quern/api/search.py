@@ -11,10 +11,10 @@ import pymongo
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pymongo.errors import PyMongoError
 
-from quern.analytics.breaker import Breaker, CircuitOpenError
 from quern.api.operation import Call, Edge, Reply
 from quern.api.problem import Problem, away, not_found
 from quern.api.responses import ANSWER_PATH, as_kept
+from quern.breaker import Breaker, CircuitOpenError
 from quern.forms import form as forms
 from quern.inference.client import (
     EngineBusy,

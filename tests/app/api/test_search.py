@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from quern.analytics.breaker import Breaker
 from quern.api import search
 from quern.api.app import create_app
+from quern.breaker import Breaker
 from quern.jobs import queue
 from quern.search import vectors
 from tests.app.api.client import Client, House, Json

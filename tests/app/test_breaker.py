@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from quern.analytics.breaker import Breaker, CircuitOpenError
+from quern.breaker import Breaker, CircuitOpenError
 
 
 class Clock:
