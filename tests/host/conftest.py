@@ -144,7 +144,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]:
         program = str(Path(sys.executable).parent / "ansible-playbook")
         command = [program, "-i", str(ROOT / "molecule/inventory"), playbook, "-e", json.dumps(variables)]
         done = subprocess.run(
-            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False, timeout=1200
+            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False, timeout=5400
         )
         (written,) = changes.glob("*.json")
         changed = [(task, item) for task, item in json.loads(written.read_text())["changed"]]
