@@ -8,7 +8,9 @@ import logging
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 import orjson
@@ -91,6 +93,9 @@ def _child(command: str, context: Context) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as child:
+        with suppress(OSError):
+            # Where the kernel shares the processor between sessions, niceness counts only within one.
+            Path(f"/proc/{child.pid}/autogroup").write_text(str(context.store.settings.analytics.nice))
         while True:
             try:
                 out, error = child.communicate(timeout=_POLL)

@@ -33,6 +33,7 @@ class Mongod(ChildProcess):
         socket: Path | None = None,
         tcp: bool = False,
         cache_gigabytes: float = 0.25,
+        oplog_megabytes: int = 512,
     ) -> None:
         self.socket = socket or directory / "mongod.sock"
         if len(os.fsencode(self.socket)) > _SOCKET_PATH_LIMIT:
@@ -54,7 +55,7 @@ class Mongod(ChildProcess):
                 *("--port", str(self.port or 27017)),
                 # Without this, mongod makes a second socket in /tmp, named after the port: two would collide.
                 *("--nounixsocket", "--filePermissions", "0600"),
-                *("--wiredTigerCacheSizeGB", str(cache_gigabytes), "--oplogSize", "512"),
+                *("--wiredTigerCacheSizeGB", str(cache_gigabytes), "--oplogSize", str(oplog_megabytes)),
                 *("--quiet", "--setParameter", "diagnosticDataCollectionEnabled=false"),
                 # What a process that was killed inside a transaction had locked is free again after half as much more.
                 *("--setParameter", "transactionLifetimeLimitSeconds=20"),

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quern.analytics import flatten
+from quern.analytics import etl, flatten
 from quern.analytics.etl import BusyError, MismatchError, Range
-from quern.analytics.manifest import Manifest, NoWarehouseError
+from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
+from quern.analytics.partition import PartitionWriter
+from quern.analytics.schema import FACT_ANSWER
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
 
 
@@ -70,6 +72,62 @@ def test_days_of_a_closed_month_become_one_file(desk: Desk) -> None:
     assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
     assert len(desk.rows("fact_response", "day = DATE '2026-03-07'")) == 2
     assert desk.holds()
+
+
+def test_days_are_built_together_only_as_long_as_they_are_small(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each day has a response and its audit entry: three days, then a day by itself that is too large.
+    monkeypatch.setattr(etl, "_TOGETHER", 6)
+    for number in (1, 2, 5, 9, 9, 9, 9, 20):
+        desk.finish(desk.submit(moment(date(2026, 3, number)), {"sector": "health", "score": 3}), RESULTS)
+    desk.run()
+    assert [item.period for item in desk.manifest.partitions("fact_response", desk.tenant)] == ["2026-03"]
+    assert len(desk.rows("fact_response")) == 8
+    assert desk.holds()
+    extracted = sorted(path.parent.name for path in desk.root.glob("extract/*/*/responses.parquet"))
+    assert extracted == ["2026-03-01", "2026-03-02", "2026-03-05", "2026-03-09", "2026-03-20"]
+
+
+def test_rows_that_do_not_fit_in_memory_are_sorted_by_the_merge(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartitionWriter.__init__, "__kwdefaults__", {"batch_bytes": 2000, "sort": False})
+    for number in range(1, 20):
+        desk.submit(moment(date(2026, 3, number)), {"sector": "health", "comment": "x" * 500})
+    desk.run()
+    assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
+    (path,) = desk.manifest.files("fact_answer", desk.tenant)
+    keys = [tuple(row[name] for name in FACT_ANSWER.order) for row in pq.read_table(path).to_pylist()]
+    assert keys == sorted(keys)
+    assert desk.holds()
+
+
+def test_a_warehouse_of_another_version_is_made_anew(desk: Desk) -> None:
+    desk.submit(moment("2026-03-07"), {"sector": "health"})
+    desk.run()
+    path = desk.root / "warehouse" / NAME
+    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), "format": 0}))
+    with pytest.raises(NoWarehouseError, match="quern etl run"):
+        Manifest.load(desk.root / "warehouse")
+    desk.run()
+    assert len(desk.rows("fact_response")) == 1
+    assert desk.holds()
+
+
+def test_short_answers_and_results_stand_beside_their_response(desk: Desk) -> None:
+    desk.finish(desk.submit(moment("2026-03-07"), {"sector": "health", "score": 4, "age": 30}), RESULTS)
+    desk.run()
+    columns = {
+        (row["source"], row["path"]): (row["text_column"], row["number_column"]) for row in desk.rows("dim_field")
+    }
+    (row,) = desk.rows("fact_response")
+    assert row[f"text_{columns['answer', 'sector'][0]}"] == "health"
+    assert row[f"number_{columns['answer', 'score'][1]}"] == 4
+    assert row[f"number_{columns['answer', 'age'][1]}"] == 30
+    assert row[f"text_{columns['result', 'topic'][0]}"] == "praise"
+    assert row[f"number_{columns['result', 'mood'][1]}"] == 0.5
+    assert columns["answer", "comment"] == columns["answer", "topics"] == (None, None)
+    # Of this nothing is known, so nothing beside a response of this file is relied on.
+    desk.keep({"answers": {"sector": ["health"]}, "version": 1, "created": moment("2026-03-08")})
+    desk.run()
+    assert [item.explained for item in desk.manifest.partitions("fact_response", desk.tenant)] == [False]
 
 
 def test_a_response_that_is_deleted_leaves_its_day(desk: Desk) -> None:

@@ -1,5 +1,6 @@
 """The change stream brings every change once, whatever happens to the stream or the server."""
 
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,33 @@ def test_a_token_that_is_too_old_falls_back_to_a_range_and_says_so(desk: Desk) -
     assert desk.holds()
     assert len(desk.rows("fact_response")) == 4
     assert desk.run().said == []
+
+
+def test_a_token_that_the_oplog_has_lost_is_noticed(run_directory: Path, tmp_path: Path) -> None:
+    with (
+        Mongod(run_directory / "m", oplog_megabytes=10) as server,
+        MongoClient[Document](server.uri, tz_aware=True, w="majority", journal=True) as client,
+    ):
+        db = client["quern"]
+        migrate(db)
+        desk = Desk(db, tmp_path)
+        desk.publish()
+        desk.submit(moment("2026-03-07"), {"code": "a"})
+        desk.run()
+        late = desk.submit(moment("2026-03-07"), {"code": "b"})
+        desk.finish(late, RESULTS)
+        oplog, began = client["local"]["oplog.rs"], clock.now()
+        limit = time.monotonic() + 300
+        while oplog.find_one(sort=[("$natural", 1)])["wall"] < began:  # type: ignore[index]
+            assert time.monotonic() < limit, "the oplog never let go of its oldest entries"
+            for _ in range(4):
+                db["filler"].insert_one({"bytes": random.randbytes(1 << 20)})
+            # Only what a checkpoint holds is let go.
+            client.admin.command("fsync")
+        report = desk.run()
+        assert any("rewritten instead" in line for line in report.said)
+        assert desk.holds()
+        assert len(desk.rows("fact_response")) == 2
 
 
 def test_a_form_that_changes_changes_its_dimension(desk: Desk) -> None:
