@@ -11,6 +11,11 @@ makes the bare insert in between (`flask+insert`).
 The outboxes of a round are relayed before the next begins; the time that takes is reported (`relayed`), since a burst
 may be acknowledged faster than it is relayed.
 
+A second table says where the processors' time goes, for each 202 answer, by process, and what 0.7 of the bare rate
+would leave on all cores together. The acknowledged path is the API and mongod alone (Redis too, for keys with a limit);
+the relay, which follows it on the same cores, is counted, and so is what it makes mongod do until wrk ends. The
+scheduler, `quern events`, `quern analytics` and Redis `cache` run idle beside it (`others`).
+
     .venv/bin/python bench/intake.py --seconds 8 --rounds 3
 """
 
@@ -166,6 +171,42 @@ def driven(url: str, key: str, clients: int, seconds: float, folder: Path) -> tu
     return float(rate[1]), tail[1]
 
 
+Times = dict[str, tuple[float, float]]
+
+
+def processor_times(roots: dict[str, int]) -> Times:
+    """Seconds of processor, of the user and of the kernel, that each process and its living descendants have had."""
+    spent: dict[int, tuple[float, float]] = {}
+    children: dict[int, list[int]] = {}
+    tick = os.sysconf("SC_CLK_TCK")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            # It has ended meanwhile.
+            continue
+        process = int(path.parent.name)
+        spent[process] = (int(fields[11]) / tick, int(fields[12]) / tick)
+        children.setdefault(int(fields[1]), []).append(process)
+
+    def family(process: int) -> list[int]:
+        return [process, *(other for child in children.get(process, []) for other in family(child))]
+
+    sums = {}
+    for name, root in roots.items():
+        found = [spent[process] for process in family(root) if process in spent]
+        sums[name] = (sum(user for user, _ in found), sum(kernel for _, kernel in found))
+    return sums
+
+
+def spent_for_each(before: Times, after: Times, answers: float) -> Times:
+    """Microseconds for each of `answers`."""
+    return {
+        name: ((user - before[name][0]) / answers * 1e6, (kernel - before[name][1]) / answers * 1e6)
+        for name, (user, kernel) in after.items()
+    }
+
+
 def relayed(db: Any, limit: float = 300.0) -> float:
     """Seconds until every outbox is relayed."""
     began = time.monotonic()
@@ -225,16 +266,24 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             "flask+insert": f"http://127.0.0.1:{thin_port}/insert",
             "quern": f"http://127.0.0.1:{port}/api/v1/forms/{form}/responses",
         }
+        roots = {name: process.pid for name, process in {**stack.processes, "thin": thin}.items() if process.pid}
         try:
-            compare(arguments, stack, urls, key, sample, folder)
+            compare(arguments, stack, urls, key, sample, folder, roots)
         finally:
             thin.stop()
 
 
 def compare(
-    arguments: argparse.Namespace, stack: Stack, urls: dict[str, str], key: str, sample: dict[str, Any], folder: Path
+    arguments: argparse.Namespace,
+    stack: Stack,
+    urls: dict[str, str],
+    key: str,
+    sample: dict[str, Any],
+    folder: Path,
+    roots: dict[str, int],
 ) -> None:
     db = stack.runtime.store.db
+    account: list[str] = []
     print(f"{arguments.rounds} rounds of {arguments.seconds:.0f} s, {arguments.workers} workers of {arguments.threads}")
     print(
         "| clients | bare, 1/s | flask | flask+insert | of bare | Quern | of bare | of flask+insert | p99 | relayed |"
@@ -242,12 +291,15 @@ def compare(
     print("|---|---|---|---|---|---|---|---|---|---|")
     for clients in arguments.clients:
         rates: dict[str, list[float]] = {name: [] for name in ("bare", *urls, "relayed")}
+        costs: dict[str, list[Times]] = {name: [] for name in urls}
         tail = ""
         for _ in range(arguments.rounds):
             rates["bare"].append(bare(stack.mongod.uri, clients, arguments.seconds, sample))
             for name, url in urls.items():
+                before = processor_times(roots)
                 rate, tail = driven(url, key, clients, arguments.seconds, folder)
                 rates[name].append(rate)
+                costs[name].append(spent_for_each(before, processor_times(roots), rate * arguments.seconds))
             rates["relayed"].append(relayed(db))
         middle = {name: statistics.median(found) for name, found in rates.items()}
 
@@ -265,7 +317,30 @@ def compare(
             f"{middle['relayed']:.1f} s",
         ]
         print("| " + " | ".join(cells) + " |", flush=True)
+        left = len(os.sched_getaffinity(0)) * 1e6 / 0.7 / middle["bare"]
+        account += [_account(clients, name, costs[name], left) for name in ("flask+insert", "quern")]
+    print(
+        "\n| clients | | its own, µs an answer | in the kernel | mongod | relay | Redis | others | 0.7 of bare leaves |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(account))
     print(f"load {os.getloadavg()[0]:.1f}")
+
+
+def _account(clients: int, name: str, rounds: list[Times], left: float) -> str:
+    """A row of the second table; `left`: microseconds of all cores for one answer at 0.7 of the bare rate."""
+    middle = {
+        process: (
+            statistics.median(found[process][0] for found in rounds),
+            statistics.median(found[process][1] for found in rounds),
+        )
+        for process in rounds[0]
+    }
+    own = "api" if name == "quern" else "thin"
+    named = ("mongod", "relay", "redis")
+    others = sum(sum(middle[process]) for process in middle if process not in (own, *named))
+    cells = [sum(middle[own]), middle[own][1], *(sum(middle[process]) for process in named), others, left]
+    return f"| {clients} | {name} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |"
 
 
 def _listens(port: int) -> bool:
