@@ -42,7 +42,7 @@ def denials(guest: Guest, since: str = "") -> list[str]:
 def outcomes(guest: Guest, profile: str, unit: str) -> dict[str, dict[str, str]]:
     """Each act of acts.py, as the unit's account, without and under the profile."""
     account = guest.say(f"systemctl show -p User --value {unit}")
-    said = guest.say(f"runuser -u {account} -- python3 -I - {profile}", stdin=ACTS.read_text())
+    said = guest.say(f"{guest.become(account)} python3 -I - {profile}", stdin=ACTS.read_text())
     loaded: dict[str, dict[str, str]] = json.loads(said)
     return loaded
 

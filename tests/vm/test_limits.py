@@ -66,7 +66,7 @@ def test_the_ai_side_reaches_no_address(guest: Guest, expected: dict[str, Any]) 
             ["lo", "DOWN"]
         ]
         for address, port in (("10.0.2.2", 22), ("10.0.2.15", 443), ("127.0.0.1", 22), ("1.1.1.1", 443)):
-            inside = f'nsenter -t {pid} -n runuser -u {account} -- python3 -c "{_REACH.format(address, port)}"'
+            inside = f'nsenter -t {pid} -n {guest.become(account)} python3 -c "{_REACH.format(address, port)}"'
             said = guest.ask(inside)
             assert said.status != 0, (unit, address)
             assert "unreachable" in said.err, said
