@@ -21,13 +21,15 @@ class NotInTimeError(AssertionError):
     """What was waited for did not come."""
 
 
-def wait_until(there: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+def wait_until(
+    there: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS, every_seconds: float = 1
+) -> None:
     """Poll until `there` is true. Raises NotInTimeError, with what it said last."""
     deadline = time.monotonic() + seconds
     while not (said := there()):
         if time.monotonic() > deadline:
             raise NotInTimeError(f"expected {what} within {seconds:.0f} s, found {said!r}")
-        time.sleep(1)
+        time.sleep(every_seconds)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ class Guest:
         self.facts: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Boot a fresh copy of the image."""
+        """Run a fresh copy of the image: as it was saved when it served, else booted."""
         self._vm_host("destroy")
+        self.facts = json.loads(self._vm_host("start"))
+
+    def save(self) -> None:
+        """Keep it as it serves now for later runs, and go on with a copy of that."""
+        self._forget_connection()
+        self._vm_host("save")
         self.facts = json.loads(self._vm_host("start"))
 
     def attach(self) -> None:
@@ -92,6 +100,11 @@ class Guest:
         assert said.status == 0, f"{command}: {said}"
         return said.out
 
+    @staticmethod
+    def become(account: str) -> str:
+        """What stands before a command that this account runs. No login: that would start a service manager for it."""
+        return f"setpriv --reuid {account} --regid $(id -g {account}) --init-groups --"
+
     def trusting(self) -> ssl.SSLContext:
         """A client that trusts the guest's own authority and no other."""
         return ssl.create_default_context(cadata=self.say("cat /etc/quern/tls/authority.pem"))
@@ -113,8 +126,9 @@ class Guest:
             return " ".join(name for name, state in zip(services, states, strict=True) if state != "active")
 
         try:
-            wait_until(lambda: not down(), "every service to run")
-            wait_until(serves, "the front door to answer")
+            # Seldom: what asks takes the emulated processors from those that start.
+            wait_until(lambda: not down(), "every service to run", every_seconds=5)
+            wait_until(serves, "the front door to answer", every_seconds=5)
         except NotInTimeError as error:
             journal = self.ask("journalctl -b --no-pager -p warning -o short-monotonic | tail -n 60").out
             raise NotInTimeError(f"{error}; down: {down()}\n{journal}") from None
@@ -130,7 +144,7 @@ class Guest:
 
     def _ssh(self) -> list[str]:
         # One connection for all commands: the guest's firewall takes only so many new ones a minute.
-        shared = ["-o", "ControlMaster=auto", "-o", "ControlPersist=300", "-o", f"ControlPath={self.folder}/ssh"]
+        shared = ["-o", "ControlMaster=auto", "-o", "ControlPersist=1800", "-o", f"ControlPath={self.folder}/ssh"]
         alive = ["-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=10", "-o", "ConnectTimeout=120"]
         known = ["-o", f"UserKnownHostsFile={self.facts['known_hosts']}", "-o", "LogLevel=ERROR"]
         who = ["-i", self.facts["key"], "-p", str(self.facts["ssh_port"]), f"root@{self.facts['address']}"]
