@@ -14,7 +14,7 @@ UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes 
 PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* .ci/*)
 SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* .ci/*)
 
-.PHONY: help setup demo demo-check test lint test-app test-waf bundle test-host test-host-full test-vm-smoke test-vm lint-ansible format lock clean
+.PHONY: help setup demo demo-check test lint test-app test-waf test-roles bundle test-host test-host-full test-vm-smoke test-vm lint-ansible format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ $(ANSIBLE_STAMP):
 .PHONY: ansible
 ansible: $(ANSIBLE_STAMP) ## the environment that installs and tests hosts
 	@:
+
+test-roles: setup ansible ## every template of every role, judged by the programs that read it (no host needed)
+	$(ANSIBLE_VENV)/bin/python -m pytest -q tests/roles
 
 test-host: setup ansible ## the whole site.yml on a blank Debian host in systemd-nspawn (root), then its tests
 	@scripts/test-host core
