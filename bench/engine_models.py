@@ -74,6 +74,7 @@ def engine(model: BenchModel, threads: int, **settings: str) -> Iterator[tuple[E
             "models": str(model.folder),
             "threads": str(threads),
             "context": "4096",
+            "adapt_threads": "false",  # as many as the peer's, whatever else runs
             **settings,
         }
         environment = {**os.environ, **{f"QUERN_ENGINE_{name.upper()}": value for name, value in values.items()}}
