@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol
 
-import numpy as np
 import orjson
 
 from quern.inference.protocol import TokenLogprob
@@ -64,6 +63,8 @@ def completion(asked: Asked, outcome: Outcome) -> Json:
 def embeddings(asked: Asked, outcome: Outcome) -> Json:
     """`list` of embeddings; with `dimensions`, the first so many numbers, scaled to length 1 again."""
     count = 1 if isinstance(asked.body["input"], str) else len(asked.body["input"])
+    import numpy as np  # ten megabytes, and of a worker's jobs only this one needs them
+
     vectors = np.frombuffer(asked.vectors or b"", "<f4").reshape(count, -1)
     if (wanted := asked.body.get("dimensions")) is not None:
         vectors = vectors[:, :wanted]

@@ -1,16 +1,22 @@
 """What a tenant's search reads: one small document for each embedded text, beside the response that it came from."""
 
+import sys
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.client_session import ClientSession
 
 from quern.store.connection import Db, Document
 
-Vector = NDArray[np.float32]
+# Every process that ends a step or erases a response comes by here; only a search computes, and needs numpy's memory.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vector = NDArray[np.float32]
 
 INDEXES = {
     "vectors": [
@@ -18,22 +24,25 @@ INDEXES = {
         IndexModel([("response", ASCENDING), ("step", ASCENDING)], name="by_response"),
     ],
 }
-_PACKED = np.dtype("<f4")
+_PACKED = "<f4"
 
 
 @dataclass(frozen=True)
 class Embedded:
     """A text's vector, of length 1, and the model that made it: only vectors of one model can be compared."""
 
-    vector: Vector
+    vector: "Vector"
     model: str
 
 
-def keep(db: Db, response: Document, step: str, embedded: Embedded, session: ClientSession) -> None:
+def keep(db: Db, response: Document, step: str, vector: Iterable[float], model: str, session: ClientSession) -> None:
     """Keep a step's vector, in the transaction that ends the step; a step that runs again replaces it."""
+    packed = array("f", vector)
+    if sys.byteorder == "big":
+        packed.byteswap()
     document: Document = {name: response[name] for name in ("tenant", "form", "created")}
-    document |= {"response": response["_id"], "step": step, "model": embedded.model}
-    document["vector"] = embedded.vector.astype(_PACKED).tobytes()
+    document |= {"response": response["_id"], "step": step, "model": model}
+    document["vector"] = packed.tobytes()
     db.vectors.replace_one({"_id": f"{response['_id']}:{step}"}, document, upsert=True, session=session)
 
 
@@ -51,7 +60,9 @@ def of(db: Db, tenant: str, response: str, step: str | None) -> Embedded | None:
     return None if found is None else Embedded(unpacked([found["vector"]])[0], found["model"])
 
 
-def unpacked(vectors: Iterable[bytes]) -> Vector:
+def unpacked(vectors: Iterable[bytes]) -> "Vector":
     """Stored vectors as the rows of a matrix."""
+    import numpy as np
+
     rows = list(vectors)
     return np.frombuffer(b"".join(rows), _PACKED).reshape(len(rows), -1)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import orjson
 from pymongo import ReturnDocument
 from pymongo.client_session import ClientSession
@@ -169,8 +168,7 @@ class Steps:
         if response is None:
             return Followup()
         if result is not None and "vector" in result and state is State.DONE:
-            made = vectors.Embedded(np.array(result["vector"], np.float32), result["model"])
-            vectors.keep(db, response, name, made, session)
+            vectors.keep(db, response, name, result["vector"], result["model"], session)
         version = self._versions.get(db, job.tenant, response["form"], response["version"])
         if version is None:
             return Followup()

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import pytest
 
 from quern.api.app import operations
@@ -81,8 +80,7 @@ class World:
         store = self.house.stack.runtime.store
         document = store.db.responses.find_one({"_id": self.response})
         assert document is not None
-        made = vectors.Embedded(np.ones(1, np.float32), "test")
-        queue.transact(store, lambda session: vectors.keep(store.db, document, "read", made, session))
+        queue.transact(store, lambda session: vectors.keep(store.db, document, "read", [1.0], "test", session))
         return self.response
 
     def fresh_endpoint(self) -> str:

@@ -30,7 +30,8 @@ def submit(house: House, client: Client, form: str, comment: str, stars: int) ->
     store = house.stack.runtime.store
     document = store.db.responses.find_one({"_id": response})
     assert document is not None
-    queue.transact(store, lambda session: vectors.keep(store.db, document, "vector", embedded(comment), session))
+    made = embedded(comment)
+    queue.transact(store, lambda session: vectors.keep(store.db, document, "vector", made.vector, made.model, session))
     return response
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from quern.jobs import queue
 from quern.search import vectors
 from quern.search.nearest import Among, Found, nearest
-from quern.search.vectors import Embedded, Vector
+from quern.search.vectors import Embedded
 from quern.store import clock
 from quern.store.connection import Document, Store
 
@@ -17,8 +18,8 @@ COUNT = 9_000
 NOW = clock.now()
 
 
-def unit(rows: Any) -> Vector:
-    made: Vector = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+def unit(rows: Any) -> NDArray[np.float32]:
+    made: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
     return made
 
 
@@ -91,8 +92,8 @@ def test_no_tenant_finds_anothers(store: Store, stored: list[Document]) -> None:
 def test_a_step_that_runs_again_replaces_its_vector_and_an_erasure_takes_it_away(store: Store) -> None:
     response = {"_id": "rsp_x", "tenant": "ten_0", "form": "frm_0", "created": NOW}
     first, second = (Embedded(unit(np.random.default_rng(seed).normal(size=16)), "one") for seed in (1, 2))
-    queue.transact(store, lambda session: vectors.keep(store.db, response, "a", first, session))
-    queue.transact(store, lambda session: vectors.keep(store.db, response, "a", second, session))
+    queue.transact(store, lambda session: vectors.keep(store.db, response, "a", first.vector, first.model, session))
+    queue.transact(store, lambda session: vectors.keep(store.db, response, "a", second.vector, second.model, session))
     kept = vectors.of(store.db, "ten_0", "rsp_x", "a")
     assert kept is not None
     assert np.array_equal(kept.vector, second.vector)
