@@ -105,13 +105,14 @@ def run_load(arguments: argparse.Namespace) -> None:
 
 
 def bare(db: Db, directory: Path, limit: int) -> tuple[int, float]:
-    """Documents and seconds of the peer, over the newest `limit` of each collection (0: all)."""
+    """Documents and seconds of the peer, over the newest `limit` responses and as large a part of the rest."""
     count, began = 0, time.monotonic()
+    sizes = {name: db[name].estimated_document_count() for name in _COLLECTIONS}
     for name in _COLLECTIONS:
         writer: pq.ParquetWriter | None = None
         batch: list[Document] = []
         # An empty object has no column in Parquet.
-        cursor = db[name].find({}, {"log.data": 0}).sort("$natural", -1).limit(limit)
+        cursor = db[name].find({}, {"log.data": 0}).sort("$natural", -1).limit(_part(limit, sizes, name))
         for document in cursor:
             batch.append(document)
             count += 1
@@ -122,6 +123,10 @@ def bare(db: Db, directory: Path, limit: int) -> tuple[int, float]:
         if writer is not None:
             writer.close()
     return count, time.monotonic() - began
+
+
+def _part(limit: int, sizes: dict[str, int], name: str) -> int:
+    return max(1, round(min(1.0, limit / sizes["responses"]) * sizes[name]))
 
 
 def _flush(writer: pq.ParquetWriter | None, batch: list[Document], path: Path) -> pq.ParquetWriter:
@@ -244,10 +249,12 @@ def run_day(arguments: argparse.Namespace) -> None:
             size = {"responses": arguments.responses, "tenants": state["tenants"], "days": 1}
             for _ in load(client[_DATABASE], last=day, jobs_days=1, seed=day.toordinal(), **size):
                 pass
+            before = _cpu(server.pid)
             report, peak = etl(server.uri, data, "run")
             print(
                 f"a day at {stored} responses: {report['days']} tenant days, {report['documents']} documents, "
-                f"{report['events']} events, {report['seconds']:.1f} s; peak {peak:.0f} MB",
+                f"{report['events']} events, {report['seconds']:.1f} s, {_cpu(server.pid) - before:.1f} s of CPU; "
+                f"peak {peak:.0f} MB",
                 flush=True,
             )
             (data / "state.json").write_text(json.dumps({**state, "last": day.isoformat()}))
@@ -325,9 +332,7 @@ def main() -> None:
         command.add_argument("--days", type=int, default=365)
         command.add_argument("--tenants", type=int, default=20)
         command.add_argument("--seconds", type=float, default=500, help="of each measurement of the API")
-        command.add_argument(
-            "--limit", type=int, default=100_000, help="documents of each collection for the bare peer"
-        )
+        command.add_argument("--limit", type=int, default=100_000, help="responses for the bare peer")
         command.add_argument("--since", help="of `rate`: only these days of what is stored")
         command.add_argument("--until")
         command.add_argument("--times", type=int, default=3)
