@@ -179,8 +179,7 @@ def test_by_rsyslog(
         assert " quern-test " in line
     finally:
         receiver.close()
-    assert reaches(host, "quern-forward", place.gateway, SYSLOG_PORT) is False  # nobody listens any more
-    # What is written meanwhile arrives later.
+    # Nobody listens any more. What is written meanwhile arrives later.
     waiting = written(host)
     again = SyslogReceiver(tmp_path_factory.mktemp("syslog-again"), place, certificate)
     try:
