@@ -40,6 +40,7 @@ class ClickHouseDialect(Dialect):
     """ClickHouse 24.8 and later. `root` is the warehouse's folder as the server sees it."""
 
     name = "clickhouse"
+    materializes = False
 
     def __init__(self, root: Path, seen_as: str) -> None:
         self._root, self._seen_as = root, seen_as

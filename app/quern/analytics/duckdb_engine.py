@@ -20,6 +20,7 @@ class DuckDbDialect(Dialect):
     """DuckDB 1.4 and later."""
 
     name = "duckdb"
+    materializes = True
 
     def scan(self, table: Table, files: Sequence[Path]) -> str:
         if not files:

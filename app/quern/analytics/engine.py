@@ -30,6 +30,8 @@ class Dialect(ABC):
     """How one engine says what the other says differently. Every argument named `x` is an SQL expression."""
 
     name: str
+    materializes: bool
+    """Whether a common table expression is computed once, however often it is read."""
 
     @abstractmethod
     def scan(self, table: Table, files: Sequence[Path]) -> str:

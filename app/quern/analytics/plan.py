@@ -220,14 +220,24 @@ class _Plan:
         return self.dialect.quantile("v", _QUANTILES[statistic])
 
     def _with_share(self, sql: str, keys: int, asked: list[str]) -> str:
-        whole = " OVER (PARTITION BY c0)" if self.question.grain != "all" else " OVER ()"
+        bucketed = self.question.grain != "all"
+        # A window costs DuckDB as much as reading the rows did.
+        joined = bucketed and self.dialect.materializes
         columns = [f"c{place}" for place in range(keys)]
         for place, statistic in enumerate(asked, start=keys):
             name = f"c{place}"
+            total = "whole" if joined else f"sum({name}) OVER ({'PARTITION BY c0' if bucketed else ''})"
             # A part of nothing is no number; 1.0 * keeps the engines from dividing whole numbers.
-            share = f"CASE WHEN sum({name}){whole} > 0 THEN 1.0 * {name} / sum({name}){whole} END AS {name}"
+            share = f"CASE WHEN {total} > 0 THEN 1.0 * {name} / {total} END AS {name}"
             columns.append(share if statistic == "share" else name)
-        return f"SELECT {', '.join(columns)} FROM ({sql}) counted"
+        if not joined:
+            return f"SELECT {', '.join(columns)} FROM ({sql}) counted"
+        counted = f"c{keys + asked.index('share')}"
+        totals = f"SELECT c0 AS period, sum({counted}) AS whole FROM counted GROUP BY c0"
+        return (
+            f"WITH counted AS ({sql}), totals AS ({totals}) "
+            f"SELECT {', '.join(columns)} FROM counted JOIN totals ON period = c0"
+        )
 
     def _funnel(self) -> str:
         question = self.question
@@ -261,13 +271,19 @@ class _Plan:
         visits = (
             f"SELECT {member} AS member, {bucket} AS visited FROM {' '.join(source.tables)} WHERE {where} GROUP BY 1, 2"
         )
-        firsts = "SELECT member, visited, min(visited) OVER (PARTITION BY member) AS first FROM visits"
         periods = self.dialect.periods(question.grain, "first", "visited")
+        firsts = "SELECT member, visited, min(visited) OVER (PARTITION BY member) AS first FROM visits"
+        share = "1.0 * c2 / max(c2) OVER (PARTITION BY c0) AS c3 FROM counted"
+        totals = ""
+        if self.dialect.materializes:
+            # As windows these cost DuckDB more than reading the rows does.
+            entered = "SELECT member AS who, min(visited) AS first FROM visits GROUP BY member"
+            firsts = f"SELECT visited, first FROM visits JOIN ({entered}) entered ON who = member"
+            totals = ", totals AS (SELECT c0 AS cohort, max(c2) AS whole FROM counted GROUP BY c0)"
+            share = "1.0 * c2 / whole AS c3 FROM counted JOIN totals ON cohort = c0"
         counted = f"SELECT first AS c0, {periods} AS c1, count(*) AS c2 FROM firsts GROUP BY 1, 2"
-        return (
-            f"WITH visits AS ({visits}), firsts AS ({firsts}), counted AS ({counted}) "
-            "SELECT c0, c1, c2, 1.0 * c2 / max(c2) OVER (PARTITION BY c0) AS c3 FROM counted"
-        )
+        tables = f"visits AS ({visits}), firsts AS ({firsts}), counted AS ({counted}){totals}"
+        return f"WITH {tables} SELECT c0, c1, c2, {share}"
 
     def _terms(self) -> str:
         question = self.question
