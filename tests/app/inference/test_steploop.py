@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -21,8 +22,9 @@ from quern.inference.sampling import SamplingParameters
 from quern.inference.steploop import Limits, Sequence, StepLoop
 
 CONTEXT = 1536
-#: In the test of isolation; thousands, by hand: QUERN_TEST_SEQUENCES=320 (as many as there are words), again and again.
+#: In the test of isolation; thousands, by hand: QUERN_TEST_SEQUENCES=1000 with other seeds.
 SEQUENCES = int(os.environ.get("QUERN_TEST_SEQUENCES", "48"))
+SEED = int(os.environ.get("QUERN_TEST_SEED", "1"))
 LIMITS = Limits(batch=256, sequences=4, reserved_sequences=2, threads=1)
 
 
@@ -123,14 +125,16 @@ def test_no_sequence_ever_sees_anothers_words(model: llama.Model, options: Backe
     # A prompt that repeats a word makes the model go on repeating it, so whatever it sees it says. Sequences are mixed,
     # cancelled, kept, shared within a tenant and evicted all the while: the context holds but a few of them.
     bench = Bench(model, options, size=768)
-    chance = random.Random(5)
+    chance = random.Random(SEED)
     words: dict[int, str] = {}
     cancelled: set[int] = set()
-    codes = chance.sample([f"{a}{b}{c}{d}" for a in "bdfg" for b in "aeio" for c in "klmn" for d in "aeiou"], SEQUENCES)
-    for index, word in enumerate(codes):
+    # No syllable twice, and the first one the least: a word said wrongly, in a loop or from its middle is no other one.
+    syllables = [f"{a}{b}" for a in "bdfgklmn" for b in "aeio"]
+    codes = ["".join(parts) for parts in itertools.permutations(syllables, 3) if parts[0] == min(parts)]
+    for index, word in enumerate(chance.sample(codes, SEQUENCES)):
         tenant = f"t{index % 3}"
         opening = f"Repeat the code of {tenant} without end, word for word, and say nothing else at all, please. " * 2
-        number = bench.submit(opening + f" {word}" * 10, max_tokens=chance.randint(3, 14), tenant=tenant)
+        number = bench.submit(opening + f" {word}" * 7, max_tokens=chance.randint(4, 16), tenant=tenant)
         words[number] = word
         if chance.random() < 0.15:
             bench.loop.cancel(number)
