@@ -365,7 +365,10 @@ def write(
                     left -= count
                     for table, made in generator.batches(day, count).items():
                         if table not in writers:
-                            writers[table] = PartitionWriter(root, schema.TABLES[table], tenant, period, generation)
+                            # Sorted, as what the ETL publishes of a month is.
+                            writers[table] = PartitionWriter(
+                                root, schema.TABLES[table], tenant, period, generation, sort=True, batch_bytes=1 << 32
+                            )
                         writers[table].write(made)
             for table, writer in writers.items():
                 closed = writer.close()
