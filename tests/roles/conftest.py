@@ -21,6 +21,7 @@ PACKAGES = (
     *(
         "libaudit1",
         "libestr0",
+        "libext2fs2",
         "libfastjson4",
         "libfuzzy2",
         "libgeoip1",
