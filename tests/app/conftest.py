@@ -30,9 +30,21 @@ hypothesis.settings.register_profile("quern", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("quern")
 
 
+#: Databases, models and releases of a whole run, in bytes, rounded up.
+_NEEDED = 5 * 2**30
+
+
+def pytest_sessionstart() -> None:
+    """Say at once that the folder for temporary files is too small: many tests would fail for reasons of their own."""
+    folder = tempfile.gettempdir()
+    if (free := shutil.disk_usage(folder).free) < _NEEDED:
+        expected = f"expected {_NEEDED / 2**30:.0f} GiB free in {folder}, found {free / 2**30:.1f}"
+        pytest.exit(f"{expected}; make room, or name another folder: TMPDIR=/var/tmp make test", returncode=2)
+
+
 def _short_directory() -> Iterator[Path]:
     # pytest's own temporary folders are too deep for a UNIX socket, whose path ends at 107 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="q-", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix="q-"))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -108,7 +108,7 @@ class RunningEngine:
 
 @contextlib.contextmanager
 def _launched_engine(**settings: str) -> Iterator[RunningEngine]:
-    with tempfile.TemporaryDirectory(prefix="qe-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="qe-") as folder:
         engine = RunningEngine(Path(folder), **settings)
         try:
             yield engine

@@ -16,6 +16,7 @@ import pytest
 from quern.inference import modelpool, registry
 from quern.inference.client import EngineClient, EngineDeadline, EngineRefused, EngineUnavailable
 from quern.inference.protocol import GenerateRequest, Generation
+from tests.app.inference.lending import lend
 
 if TYPE_CHECKING:
     from tests.app.inference.conftest import RunningEngine
@@ -35,11 +36,11 @@ def folder(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = registry.find(CHAT, "chat", models_dir)
     source = registry.file_path(first, first.files[0], models_dir)
     (made / CHAT).mkdir()
-    (made / CHAT / source.name).hardlink_to(source)
+    lend(source, made / CHAT / source.name)
     entries = []
     for name in ("red", "green", "blue"):
         (made / name).mkdir()
-        (made / name / "weights.gguf").hardlink_to(source)
+        lend(source, made / name / "weights.gguf")
         entries.append(
             f"- {{name: {name}, kind: chat, licence: MIT, context: 512, memory_mib: {NEED_MIB}, context_kib: 0,"
             f" files: [{{path: weights.gguf, sha256: {first.files[0].sha256}}}]}}\n"
@@ -49,7 +50,7 @@ def folder(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f" files: [{{path: weights.gguf, sha256: {first.files[0].sha256}}}]}}\n"
     )
     (made / "huge").mkdir()
-    (made / "huge" / "weights.gguf").hardlink_to(source)
+    lend(source, made / "huge" / "weights.gguf")
     (made / "models.yml").write_text("".join(entries), encoding="utf-8")
     return made
 

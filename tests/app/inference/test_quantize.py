@@ -12,6 +12,7 @@ from quern.cli.models import models_group
 from quern.inference import gguf, modelbench, quantize, registry
 from quern.inference.llama_options import Way
 from quern.inference.modelbench import Figures
+from tests.app.inference.lending import lend
 
 CHAT = "smollm2-135m-instruct-q4_1"
 
@@ -22,7 +23,7 @@ def folder(models_dir: Path, tmp_path: Path) -> Path:
     (tmp_path / "models" / CHAT).mkdir(parents=True)
     model = registry.find(CHAT, "chat", models_dir)
     source = registry.file_path(model, model.files[0], models_dir)
-    (tmp_path / "models" / CHAT / source.name).hardlink_to(source)
+    lend(source, tmp_path / "models" / CHAT / source.name)
     return tmp_path / "models"
 
 
