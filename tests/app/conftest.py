@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("quern")
 
 
 #: Databases, models and releases of a whole run, in bytes, rounded up.
-_NEEDED = 5 * 2**30
+_NEEDED = 3 * 2**30
 
 
 def pytest_sessionstart() -> None:
