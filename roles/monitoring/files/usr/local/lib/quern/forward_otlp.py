@@ -203,7 +203,9 @@ def main() -> None:
     known = arguments.cursor.read_text() if arguments.cursor.exists() else ""
     since = ["--no-tail", f"--after-cursor={known}"] if known else ["--lines=0"]
     # What it says itself is not sent: a refusal would cause the next.
-    command = ["journalctl", "--quiet", "--output=json", "--all", "--follow", *since]
+    # Without --merge, --follow shows the present boot only: what waited when the machine went down would never be sent.
+    # (And in a container that hides /proc, that boot's identifier is the outer kernel's, so nothing would be shown.)
+    command = ["journalctl", "--quiet", "--output=json", "--all", "--follow", "--merge", *since]
     own = os.environ.get("QUERN_FORWARD_UNIT", "quern-forward.service")
     with subprocess.Popen(command, stdout=subprocess.PIPE) as journal:
         pipe = journal.stdout.fileno() if journal.stdout else -1
