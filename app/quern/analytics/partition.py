@@ -15,14 +15,16 @@ from quern.analytics.schema import Table
 
 #: Rows of a row group: what a reader decodes at once, and so what a writer holds at once.
 ROW_GROUP: Final = 122_880
+#: Bytes that a writer holds at most, unless it is told otherwise.
+BATCH_BYTES = 32 << 20
 _HASH_CHUNK: Final = 1 << 20
 
 
 class PartitionWriter:
     """Writes batches of a table's rows into one file of the warehouse. A writer left by an exception leaves nothing.
 
-    Batches are gathered until ROW_GROUP rows or `batch_bytes` bytes, so that memory does not grow with the rows.
-    With `sort` they are gathered until the end and sorted by the table's order; rows of more than
+    Batches are gathered until ROW_GROUP rows or `batch_bytes` bytes (None: BATCH_BYTES), so that memory does not grow
+    with the rows. With `sort` they are gathered until the end and sorted by the table's order; rows of more than
     `batch_bytes` bytes are not: then `sorted` is false.
     """
 
@@ -34,10 +36,10 @@ class PartitionWriter:
         period: str,
         generation: int,
         *,
-        batch_bytes: int = 32 << 20,
+        batch_bytes: int | None = None,
         sort: bool = False,
     ) -> None:
-        self._table, self._period, self._limit = table, period, batch_bytes
+        self._table, self._period, self._limit = table, period, batch_bytes or BATCH_BYTES
         self.sorted = sort
         # The random part: a run that was killed may have left a file of this generation.
         self._path = f"tenants/{safe(tenant)}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"

@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quern.analytics import etl, flatten
+from quern.analytics import etl, flatten, partition
 from quern.analytics.etl import BusyError, MismatchError, Range
-from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
-from quern.analytics.partition import PartitionWriter
+from quern.analytics.manifest import NAME, Manifest, NoWarehouseError, Partition
 from quern.analytics.schema import FACT_ANSWER
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
 
@@ -88,11 +87,21 @@ def test_days_are_built_together_only_as_long_as_they_are_small(desk: Desk, monk
 
 
 def test_rows_that_do_not_fit_in_memory_are_sorted_by_the_merge(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PartitionWriter.__init__, "__kwdefaults__", {"batch_bytes": 2000, "sort": False})
+    monkeypatch.setattr(partition, "BATCH_BYTES", 2000)
+    sorted_at_once: list[bool] = []
+    close = partition.PartitionWriter.close
+
+    def noting(writer: partition.PartitionWriter) -> Partition | None:
+        made = close(writer)
+        sorted_at_once.append(writer.sorted)
+        return made
+
+    monkeypatch.setattr(partition.PartitionWriter, "close", noting)
     for number in range(1, 20):
         desk.submit(moment(date(2026, 3, number)), {"sector": "health", "comment": "x" * 500})
     desk.run()
     assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
+    assert not all(sorted_at_once)
     (path,) = desk.manifest.files("fact_answer", desk.tenant)
     keys = [tuple(row[name] for name in FACT_ANSWER.order) for row in pq.read_table(path).to_pylist()]
     assert keys == sorted(keys)
