@@ -102,7 +102,7 @@ def test_rows_that_do_not_fit_in_memory_are_sorted_by_the_merge(desk: Desk, monk
         desk.submit(moment(date(2026, 3, number)), {"sector": "health", "comment": "x" * 500})
     desk.run()
     assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
-    assert sorted_at_once == [False]
+    assert set(sorted_at_once) == {False}
     (path,) = desk.manifest.files("fact_answer", desk.tenant)
     keys = [tuple(row[name] for name in FACT_ANSWER.order) for row in pq.read_table(path).to_pylist()]
     assert keys == sorted(keys)
