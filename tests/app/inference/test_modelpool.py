@@ -15,7 +15,7 @@ import pytest
 
 from quern.inference import modelpool, registry
 from quern.inference.client import EngineClient, EngineDeadline, EngineRefused, EngineUnavailable
-from quern.inference.protocol import GenerateRequest, Generation
+from quern.inference.protocol import GenerateRequest, Generation, QueuedEvent, TokenEvent
 from tests.app.inference.lending import lend
 
 if TYPE_CHECKING:
@@ -67,10 +67,16 @@ def room_for_one(folder: Path, models_dir: Path) -> Any:
         yield running
 
 
-def _ask(client: EngineClient, model: str, **fields: Any) -> Generation:
+def _ask(
+    client: EngineClient,
+    model: str,
+    on_progress: Callable[[TokenEvent | QueuedEvent], None] | None = None,
+    **fields: Any,
+) -> Generation:
     values: dict[str, Any] = {"tenant": "t", "max_tokens": 4, **fields}
     bias = {0: -1000.0, 2: -1000.0, 4: -1000.0}
-    return client.generate(GenerateRequest(prompt=COUNTING, model=model, logit_bias=bias, **values))
+    request = GenerateRequest(prompt=COUNTING, model=model, logit_bias=bias, **values)
+    return client.generate(request, on_progress=on_progress)
 
 
 def _loaded(client: EngineClient) -> set[str]:
@@ -103,16 +109,23 @@ def test_a_model_at_work_is_never_let_go_of_and_the_other_still_gets_its_turn(ro
     answers: dict[str, Generation | Exception] = {}
     ended: list[str] = []
 
+    at_work = threading.Event()
+
+    def heard(event: TokenEvent | QueuedEvent) -> None:
+        if isinstance(event, TokenEvent):
+            at_work.set()
+
     def ask(label: str, model: str, tokens: int) -> None:
         try:
-            answers[label] = _ask(client, model, max_tokens=tokens, tenant=label)
+            answers[label] = _ask(client, model, heard, max_tokens=tokens, tenant=label, stream=True)
         except Exception as error:
             answers[label] = error
         ended.append(label)
 
     _ask(client, "red")
-    long = threading.Thread(target=ask, args=("long", "red", 120))
+    long = threading.Thread(target=ask, args=("long", "red", 300))
     long.start()
+    assert at_work.wait(120)
     other = threading.Thread(target=ask, args=("other", "blue", 4))
     other.start()
     # A stream of work for the busy model does not keep the other one out.
@@ -127,7 +140,7 @@ def test_a_model_at_work_is_never_let_go_of_and_the_other_still_gets_its_turn(ro
     assert [error for error in answers.values() if isinstance(error, Exception)] == []
     found = answers["long"]
     assert isinstance(found, Generation)
-    assert found.completion_tokens == 120
+    assert found.completion_tokens == 300
     assert ended.index("long") < ended.index("other") < len(ended) - 1
 
 

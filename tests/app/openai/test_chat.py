@@ -45,17 +45,17 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(lab: Lab, client: openai.O
 
 
 def test_choices_differ_and_begin_alike_with_the_same_seed(lab: Lab, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": CHAT, "messages": QUESTION, "max_tokens": 12, "n": 3, "seed": 7}
+    asked: dict[str, Any] = {"model": CHAT, "messages": QUESTION, "max_tokens": 12, "n": 6, "seed": 7}
     made = client.chat.completions.create(**asked)
     first = [choice.message.content or "" for choice in made.choices]
-    assert len(set(first)) == 3
-    streamed = ["", "", ""]
+    assert len(set(first)) >= 5
+    streamed = [""] * 6
     for chunk in client.chat.completions.create(**asked, stream=True):
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == lab.answered(chunk.id)
     # Sequences that are decoded together may differ in the last bits from others, so one may go another way.
-    assert sum(one[:3] == other[:3] for one, other in zip(first, streamed, strict=True)) >= 2
+    assert sum(one[:3] == other[:3] for one, other in zip(first, streamed, strict=True)) >= 3
 
 
 def test_log_probabilities_name_the_chosen_tokens(client: openai.OpenAI) -> None:
