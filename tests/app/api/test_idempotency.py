@@ -183,7 +183,7 @@ def test_an_attempt_that_was_taken_over_changes_nothing(owner: Client, house: Ho
     thief = threading.Thread(target=steal)
     thief.start()
     try:
-        for _ in range(20):
+        for _ in range(100):
             answer = _again(owner, "POST", "/forms", DRAFT, "k1")
             stolen = answer.status != 201
             kept = db.forms.count_documents({"tenant": held_up[0]})

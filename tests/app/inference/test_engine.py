@@ -195,18 +195,22 @@ def test_a_client_that_vanishes_frees_its_place(client: EngineClient, wait_until
 
 def test_user_waiting_requests_overtake_batch_work(client: EngineClient, in_threads: InThreads) -> None:
     ends: dict[str, float] = {}
+    under_way = threading.Event()
+
+    def heard(event: TokenEvent | QueuedEvent) -> None:
+        if isinstance(event, TokenEvent):
+            under_way.set()
 
     def call(name: str, request: GenerateRequest) -> None:
-        client.generate(request)
+        client.generate(request, on_progress=heard)
         ends[name] = time.monotonic()
 
     def late() -> None:
-        time.sleep(1.0)
+        assert under_way.wait(120)
         call("interactive", _ask(max_tokens=2, priority="interactive"))
 
-    batch = [lambda n=n: call(f"batch{n}", _babble(max_tokens=20, tenant=f"b{n}")) for n in range(18)]
+    batch = [lambda n=n: call(f"batch{n}", _babble(max_tokens=60, tenant=f"b{n}", stream=True)) for n in range(18)]
     in_threads([*batch, late])
-    assert ends["interactive"] < max(ends.values())
     assert sum(end > ends["interactive"] for end in ends.values()) >= 6
 
 

@@ -49,9 +49,8 @@ def test_many_at_once_never_get_more_than_one_by_one_would(redis: Redis) -> None
 
 def test_the_allowance_comes_back_bit_by_bit(redis: Redis) -> None:
     limiter, limit = Limiter(redis), Limit("key", "refill", 1200)
-    while limiter.take([limit]).allowed:
+    while (refused := limiter.take([limit])).allowed:
         pass
-    refused = limiter.take([limit])
     assert refused.retry_after == 1
     time.sleep(refused.retry_after)
     assert limiter.take([limit]).allowed
