@@ -6,25 +6,28 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from quern.api import idempotency
+from quern.api import idempotency, openapi_v1
+from quern.api.openapi_query import parameters
 from quern.api.operation import PREFIX_OF, Operation
 from quern.api.problem import ProblemDetails
 from quern.store import identifier
 
 
 def describe(operations: Iterable[Operation], version: str) -> dict[str, Any]:
-    """The whole description as a JSON value."""
+    """The whole description as a JSON value: `operations` below `/api/v1`, and all of `/v1`."""
     made = list(operations)
     models: set[tuple[type[BaseModel], Any]] = {(ProblemDetails, "serialization")}
     for operation in made:
         if operation.body:
             models.add((operation.body, "validation"))
         models |= {(model, "serialization") for model in operation.answers.values() if isinstance(model, type)}
+    models |= openapi_v1.models()
     ordered = sorted(models, key=lambda pair: (pair[0].__name__, pair[1]))
     references, definitions = models_json_schema(ordered, ref_template="#/components/schemas/{model}")
     paths: dict[str, Any] = {}
     for operation in made:
         paths.setdefault(f"/api/v1{operation.path}", {})[operation.method.lower()] = _operation(operation, references)
+    paths |= openapi_v1.paths(references)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -48,7 +51,10 @@ def _operation(operation: Operation, references: dict[Any, Any]) -> dict[str, An
         "summary": operation.summary,
         "description": f"{operation.description}\n\nScope: `{operation.scope}`.".strip(),
         "tags": [operation.tag],
-        "parameters": [*_path_parameters(operation.path), *_query_parameters(operation.query)],
+        "parameters": [
+            *_path_parameters(operation.path),
+            *parameters(operation.query),
+        ],
         "responses": {str(status): _answer(model, references) for status, model in operation.answers.items()},
     }
     if operation.unsafe:
@@ -112,20 +118,4 @@ def _path_parameters(path: str) -> list[dict[str, Any]]:
             "schema": {"type": "string", "pattern": f"^{PREFIX_OF[name]}{pattern}$"},
         }
         for name in names
-    ]
-
-
-def _query_parameters(query: type[BaseModel] | None) -> list[dict[str, Any]]:
-    if query is None:
-        return []
-    schema = query.model_json_schema()
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": name in schema.get("required", []),
-            "schema": {key: value for key, value in part.items() if key != "description"},
-            "description": part.get("description", ""),
-        }
-        for name, part in schema["properties"].items()
     ]

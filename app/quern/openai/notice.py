@@ -12,9 +12,6 @@ from quern.jobs.model import Job, NewJob, Queue
 from quern.observe import traces
 from quern.store import identifier
 from quern.store.connection import Db
-from quern.store.vault import Vault
-from quern.webhooks import endpoints
-from quern.webhooks.handler import Message, attempt
 from quern.webhooks.settings import WebhookSettings
 
 KIND = "openai_webhook"
@@ -24,6 +21,9 @@ def jobs(
     db: Db, session: ClientSession, tenant: str, event: str, subject: str, at: datetime, cause: Job | None
 ) -> list[NewJob]:
     """One delivery for each endpoint of the tenant that wants `event`. `subject`: the public identifier it is about."""
+    # As below: few requests come here, and what delivers is much to hold for those who only answer.
+    from quern.webhooks import endpoints
+
     wanting = [endpoint.id for endpoint in endpoints.subscribed(db, tenant, event, session=session)]
     return [
         NewJob(
@@ -54,6 +54,8 @@ def body(job: Job) -> bytes:
 
 def handler(webhook: WebhookSettings, tls: ssl.SSLContext) -> Handler:
     """Delivers one event."""
+    from quern.store.vault import Vault
+    from quern.webhooks.handler import Message, attempt
 
     def run(job: Job, context: Context) -> dict[str, Any]:
         settings = context.store.settings

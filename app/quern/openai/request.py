@@ -13,10 +13,14 @@ Text = Annotated[str, Field(max_length=1_000_000)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
+_Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=200)]],
+    list[_Stop],
     Field(max_length=16),
-    BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
+    BeforeValidator(
+        lambda value: [] if value is None else [value] if isinstance(value, str) else value,
+        json_schema_input_type=_Stop | Annotated[list[_Stop], Field(max_length=16)] | None,
+    ),
 ]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 DEEPEST = 100

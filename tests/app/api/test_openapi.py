@@ -59,6 +59,8 @@ _DRAFTS = [("POST", "/api/v1/forms"), ("PUT", "/api/v1/forms/{form}")]
 schema: BaseSchema = schemathesis.openapi.from_dict(DESCRIPTION)
 for _method, _path in _DRAFTS:
     schema = schema.exclude(method=_method, path=_path)
+#: This house has no engine: tests/app/openai/test_description.py holds `/v1` to the description, with one.
+schema = schema.exclude(path_regex="^/v1/")
 
 
 @schema.parametrize()
