@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +122,16 @@ def test_shares_add_up_to_one_and_favour_the_nearest_label(embedder: Embedder) -
     found = shares(text, groups)
     assert found.sum() == pytest.approx(1.0)
     assert found[0] > 0.9
+
+
+def test_onnx_runtime_reports_nothing_to_its_makers(folder: Path, tmp_path: Path) -> None:
+    """Where it reports it keeps a device identifier and a queue of events in the home folder, but not within CI."""
+    program = (
+        "import sys; from pathlib import Path; from quern.inference.embedder import Embedder; "
+        "folder = Path(sys.argv[1]); "
+        "Embedder(folder / 'model.onnx', folder / 'tokenizer.json', context=256, threads=1).embed([('t', 'A text.')])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, check=True, timeout=300)
+    assert [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name] == []
