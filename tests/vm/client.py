@@ -77,6 +77,21 @@ class Client:
             time.sleep(2)
         return found
 
+    def all_processed(self, form: str) -> list[Any]:
+        """All responses of a form that are processed, once none is being processed any more."""
+        path = f"/api/v1/forms/{form}/responses"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while waiting := self.insist("GET", f"{path}?status=processing&limit=1")["items"]:
+            assert time.monotonic() < deadline, f"expected all to be processed, found {waiting}"
+            time.sleep(2)
+        found, query = [], "status=processed&limit=100"
+        while True:
+            page = self.insist("GET", f"{path}?{query}")
+            found += page["items"]
+            if page["next_cursor"] is None:
+                return found
+            query = f"status=processed&limit=100&cursor={page['next_cursor']}"
+
 
 class Intake:
     """Submits numbered responses from several threads until it is told to stop; knows which were acknowledged."""
@@ -117,3 +132,5 @@ class Intake:
                 return
             with self._lock:
                 self.acknowledged[number] = accepted["id"]
+            # An emulated machine that starts again must get on, too.
+            time.sleep(0.2)

@@ -21,12 +21,12 @@ def cut_during_intake(guest: Guest, client: Client, services: list[str], form: s
 
 def lost(client: Client, form: str, intake: Intake) -> list[Any]:
     """What was acknowledged and is not there as it was sent, and processed to its end."""
-    bad: list[Any] = []
-    for number, identifier in intake.acknowledged.items():
-        found = client.processed(identifier)
-        if found["answers"]["number"] != number:
-            bad.append((number, found))
-    return bad
+    there = {found["id"]: found for found in client.all_processed(form)}
+    return [
+        (number, there.get(identifier))
+        for number, identifier in intake.acknowledged.items()
+        if identifier not in there or there[identifier]["answers"]["number"] != number
+    ]
 
 
 def _more(intake: Intake, count: int) -> None:
