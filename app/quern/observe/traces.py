@@ -1,17 +1,16 @@
 """OpenTelemetry spans: one trace from the request over its jobs to the delivery; exported only if asked for."""
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import NonRecordingSpan, ProxyTracerProvider, SpanContext, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 _PROPAGATOR = TraceContextTextMapPropagator()
-_IDS = RandomIdGenerator()
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _tracer = trace.get_tracer("quern")
 
@@ -68,5 +67,10 @@ def traceparent() -> str:
 def _successor(context: Context | None) -> SpanContext:
     """The ids of a new span: of the trace in `context`, else of one of its own, sampled by whoever does record."""
     parent = trace.get_current_span(context).get_span_context()
-    trace_id, flags = (parent.trace_id, parent.trace_flags) if parent.is_valid else (_IDS.generate_trace_id(), _SAMPLED)
-    return SpanContext(trace_id, _IDS.generate_span_id(), is_remote=False, trace_flags=flags)
+    trace_id, flags = (parent.trace_id, parent.trace_flags) if parent.is_valid else (_identifier(128), _SAMPLED)
+    return SpanContext(trace_id, _identifier(64), is_remote=False, trace_flags=flags)
+
+
+def _identifier(bits: int) -> int:
+    """Random, and not 0, which would be none. It names something and protects nothing."""
+    return random.getrandbits(bits) or 1
