@@ -162,10 +162,10 @@ class Settings(BaseSettings):
     @field_validator("secret_keys")
     @classmethod
     def _are_fernet_keys(cls, value: SecretStr | None) -> SecretStr | None:
-        from cryptography.fernet import Fernet
-
         if value is None:
             return None
+        from cryptography.fernet import Fernet
+
         for key in value.get_secret_value().split(","):
             try:
                 Fernet(key.strip())

@@ -1,43 +1,54 @@
-"""What a process is made of: settings, stores, the wake-ups and the handlers, put together in one place."""
+"""What a process is made of: settings, stores, the wake-ups and the handlers, put together in one place.
+
+A part is imported when it is first used: every process passes here, and none needs them all.
+"""
+
+from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pymongo
 from pymongo.errors import PyMongoError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from quern.analytics import handler as analytics
-from quern.analytics.client import AnalyticsClient
-from quern.audit import chain
-from quern.config import LiveSettings, Settings
-from quern.forms.form import OpenForms, Versions
-from quern.inference.client import EngineClient, EngineError
-from quern.jobs import reconciler
-from quern.jobs.handler import Registry, Tick
-from quern.jobs.scheduler import Chore
+from quern.jobs.handler import Family, Handler, Registry
+from quern.jobs.model import Queue
 from quern.jobs.wake import Nudger, Waker
-from quern.observe import metrics, mongodb
-from quern.openai import notice
-from quern.openai.answering import Answering
-from quern.openai.batches import BatchJobs
 from quern.store.connection import Store
 from quern.store.redis_connection import connect
-from quern.store.vault import Vault
-from quern.tenants.keys import Authenticator
-from quern.tenants.limit import Limiter
-from quern.webhooks.deliver import client_tls
-from quern.webhooks.handler import handler_of_test_events
-from quern.workflows import outbox
-from quern.workflows.handlers import Steps
+
+if TYPE_CHECKING:
+    import ssl
+
+    from quern.analytics.client import AnalyticsClient
+    from quern.config import LiveSettings, Settings
+    from quern.forms.form import OpenForms, Versions
+    from quern.inference.client import EngineClient
+    from quern.jobs.handler import Tick
+    from quern.jobs.scheduler import Chore
+    from quern.store.vault import Vault
+    from quern.tenants.keys import Authenticator
+    from quern.tenants.limit import Limiter
 
 _log = logging.getLogger(__name__)
 
 #: How long an erasure waits for an engine that hangs.
 PURGE_SECONDS = 5.0
+
+_AI_STEPS: Final = ("summarize", "classify", "extract", "sentiment", "translate", "embed")
+_STEPS: Final = {
+    **dict.fromkeys(_AI_STEPS, Queue.BATCHED),
+    "email": Queue.DEFAULT,
+    "webhook": Queue.WEBHOOKS,
+    "webhook_resend": Queue.WEBHOOKS,
+}
+_ANSWERS: Final = dict.fromkeys(("openai_chat", "openai_completion", "openai_response", "openai_embedding"), Queue.HIGH)
+_BATCHES: Final = {f"openai_batch_{part}": Queue.LOW for part in ("expand", "cancel", "collect", "clear")}
 
 
 @dataclass
@@ -56,6 +67,8 @@ class Runtime:
 
     @cached_property
     def versions(self) -> Versions:
+        from quern.forms.form import Versions
+
         return Versions()
 
     @cached_property
@@ -64,37 +77,78 @@ class Runtime:
 
     @cached_property
     def limiter(self) -> Limiter:
+        from quern.tenants.limit import Limiter
+
         return Limiter(connect(self.store.redis_queue_url, timeout=1.0))
 
     @cached_property
     def authenticate(self) -> Authenticator:
+        from quern.tenants.keys import Authenticator
+
         return Authenticator(self.settings.requests_per_minute)
 
     @cached_property
     def engine(self) -> EngineClient:
+        from quern.inference.client import EngineClient
+
         return EngineClient(self.settings.engine_socket)
 
     @property
     def vault(self) -> Vault:
+        from quern.store.vault import Vault
+
         return Vault(*self.settings.required("secret_keys"))
 
     @cached_property
     def registry(self) -> Registry:
-        tls = client_tls(self.settings.webhook)
-        steps = Steps(self.engine, self.versions, tls)
-        openai = self.settings.openai
-        answering = Answering(self.engine, lambda: self._redis, openai)
-        batches = BatchJobs(openai, lambda: self.registry)
         return Registry(
-            [
-                *steps.handlers(self.settings.webhook),
-                handler_of_test_events(tls),
-                *answering.handlers(),
-                *batches.handlers(),
-                notice.handler(self.settings.webhook, tls),
-                *analytics.handlers(),
+            families=[
+                Family(_STEPS, self._steps),
+                Family({"forget": Queue.LOW}, self._forgetting),
+                Family({"webhook_test": Queue.WEBHOOKS, "openai_webhook": Queue.WEBHOOKS}, self._notices),
+                Family(_ANSWERS, self._answers),
+                Family(_BATCHES, self._batches),
+                Family({"analytics.run": Queue.LOW, "analytics.prune": Queue.LOW}, self._analytics),
             ]
         )
+
+    def _steps(self) -> Iterable[Handler]:
+        from quern.workflows.handlers import Steps
+
+        return Steps(self.engine, self.versions, lambda: self._tls).handlers(self.settings.webhook)
+
+    def _forgetting(self) -> Iterable[Handler]:
+        from quern.workflows import forget
+
+        return [forget.handler(self.engine)]
+
+    def _notices(self) -> Iterable[Handler]:
+        from quern.openai import notice
+        from quern.webhooks.handler import handler_of_test_events
+
+        return [handler_of_test_events(self._tls), notice.handler(self.settings.webhook, self._tls)]
+
+    def _answers(self) -> Iterable[Handler]:
+        from quern.openai.answering import Answering
+
+        return Answering(self.engine, lambda: self._redis, self.settings.openai).handlers()
+
+    def _batches(self) -> Iterable[Handler]:
+        from quern.openai.batches import BatchJobs
+
+        return BatchJobs(self.settings.openai, lambda: self.registry).handlers()
+
+    def _analytics(self) -> Iterable[Handler]:
+        from quern.analytics import handler
+
+        return handler.handlers()
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Of webhooks. A context holds every authority that the host trusts: some megabytes."""
+        from quern.webhooks.deliver import client_tls
+
+        return client_tls(self.settings.webhook)
 
     @cached_property
     def _redis(self) -> Redis:
@@ -102,10 +156,14 @@ class Runtime:
 
     @cached_property
     def questions(self) -> AnalyticsClient:
+        from quern.analytics.client import AnalyticsClient
+
         return AnalyticsClient(self.settings.analytics.service)
 
     @cached_property
     def open_forms(self) -> OpenForms:
+        from quern.forms.form import OpenForms
+
         return OpenForms()
 
     @cached_property
@@ -118,6 +176,8 @@ class Runtime:
 
     def forget(self, tenant: str) -> None:
         """After an erasure: have the engine drop what its caches hold of a tenant's texts."""
+        from quern.inference.client import EngineClient, EngineError
+
         try:
             EngineClient(self.settings.engine_socket, timeout=PURGE_SECONDS).purge(tenant)
         except EngineError:
@@ -141,14 +201,21 @@ class Runtime:
     @property
     def ticks(self) -> list[Tick]:
         """Periodic jobs."""
-        return analytics.ticks(self.settings.analytics)
+        from quern.analytics import handler
 
-    def _server_status(self) -> dict[str, Any]:
-        return dict(self.store.client.admin.command({"serverStatus": 1, **mongodb.LEFT_OUT}))
+        return handler.ticks(self.settings.analytics)
 
     @property
     def chores(self) -> list[Chore]:
         """What one scheduler does now and then."""
+        from quern.audit import chain
+        from quern.jobs import reconciler
+        from quern.jobs.scheduler import Chore
+        from quern.observe import metrics, mongodb
+        from quern.workflows import outbox
+
+        def server_status() -> dict[str, Any]:
+            return dict(self.store.client.admin.command({"serverStatus": 1, **mongodb.LEFT_OUT}))
 
         def seal() -> None:
             keys = chain.KeyRing(self.settings.required("audit_key"))
@@ -158,7 +225,7 @@ class Runtime:
 
         return [
             Chore("seal the audit log", 1.0, seal),
-            Chore("observe MongoDB", 15.0, lambda: mongodb.record(self._server_status())),
+            Chore("observe MongoDB", 15.0, lambda: mongodb.record(server_status())),
             Chore("observe the queues", 5.0, lambda: reconciler.observe(self.store)),
             Chore("observe the outboxes", 5.0, lambda: metrics.UNRELAYED.set(outbox.count_unrelayed(self.store.db))),
         ]

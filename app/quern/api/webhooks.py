@@ -15,10 +15,10 @@ from quern.jobs.model import NewJob, State
 from quern.observe.traces import traceparent
 from quern.store import clock, cursor, identifier
 from quern.store.moment import Moment
-from quern.webhooks import deliveries, endpoints
+from quern.webhooks import RESEND_KIND, TEST_KIND, deliveries, endpoints
 from quern.webhooks.endpoints import DisabledReason, EndpointChange, EndpointDraft
 from quern.webhooks.guard import ForbiddenURLError
-from quern.webhooks.handler import RESEND_KIND, TEST_KIND, make_test_event, resend
+from quern.webhooks.handler import make_test_event, resend
 from quern.webhooks.outcome import Failure
 
 MAX_REPLAYED = 100

@@ -1,18 +1,15 @@
-"""The long-running processes: `quern api`, `events`, `relay`, `scheduler`, `worker`, `engine`."""
+"""The long-running processes: `quern api`, `events`, `relay`, `scheduler`, `worker`."""
 
 import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 
 import click
-from pydantic import ValidationError
 
 from quern.cli.runtime import open_runtime
 from quern.config import Secret
-from quern.inference.client import EngineClient
 from quern.observe import logs, metrics, traces
 
 
@@ -100,22 +97,5 @@ def worker(queue: str, concurrency: int | None) -> None:
     runtime = open_runtime()
     if queue == Queue.BATCHED:
         concurrency = concurrency or runtime.settings.engine_parallel
+    runtime.registry.prepare(Queue(queue))
     Worker(runtime.store, runtime.registry, runtime.waker, Queue(queue), concurrency).run(stop)
-
-
-@click.command()
-@click.option("--socket", "socket_path", type=click.Path(path_type=Path), help="Default: QUERN_ENGINE_SOCKET.")
-@click.option("--models", type=click.Path(path_type=Path), help="Default: QUERN_ENGINE_MODELS.")
-def engine(socket_path: Path | None, models: Path | None) -> None:
-    """Own the models and answer on a UNIX socket. No network, no database."""
-    from quern.inference.engine import main
-    from quern.inference.settings import EngineSettings
-
-    given = {"socket": socket_path, "models": models}
-    try:
-        settings = EngineSettings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        faults = [f"QUERN_ENGINE_{'__'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()]
-        raise click.ClickException("the engine's configuration is not usable:\n" + "\n".join(faults)) from None
-    metrics.serve_stats(os.environ.get("QUERN_METRICS_BIND"), EngineClient(settings.socket, timeout=5).stats)
-    main(settings)

@@ -1,14 +1,14 @@
 """The contract between the queue and what its jobs do. The queue knows no workflow; it knows handlers by kind."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from pymongo.client_session import ClientSession
 
-from quern.jobs.model import Job, NewJob, State
+from quern.jobs.model import Job, NewJob, Queue, State
 from quern.store.connection import Db, Store
 
 
@@ -86,19 +86,40 @@ class Handler:
     """False when `on_end` stores the result where it belongs (and where erasure finds it)."""
 
 
+@dataclass(frozen=True)
+class Family:
+    """Handlers that are made together, when one of them is first wanted: what they import is much to hold for all."""
+
+    queues: Mapping[str, Queue]
+    """Kind to the queue that its jobs usually wait in."""
+    make: Callable[[], Iterable[Handler]]
+    """One handler for each of the kinds."""
+
+
 class Registry:
     """Handlers by kind."""
 
-    def __init__(self, handlers: Sequence[Handler] = ()) -> None:
+    def __init__(self, handlers: Iterable[Handler] = (), families: Sequence[Family] = ()) -> None:
         self._by_kind = {handler.kind: handler for handler in handlers}
+        self.families = families
 
     def get(self, kind: str) -> Handler | None:
         """The handler, or None during a rolling upgrade: the job then waits for a worker that knows it."""
+        if kind not in self._by_kind:
+            # Two threads may both make a family; either's handlers will do.
+            for family in self.families:
+                if kind in family.queues:
+                    self._make(family)
         return self._by_kind.get(kind)
 
-    @property
-    def kinds(self) -> list[str]:
-        return sorted(self._by_kind)
+    def prepare(self, queue: Queue) -> None:
+        """Make what the jobs of a queue need now, so that its first job need not wait for it."""
+        for family in self.families:
+            if queue in family.queues.values():
+                self._make(family)
+
+    def _make(self, family: Family) -> None:
+        self._by_kind |= {handler.kind: handler for handler in family.make()}
 
 
 @dataclass(frozen=True)

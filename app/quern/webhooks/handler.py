@@ -18,16 +18,14 @@ from quern.observe import traces
 from quern.store import clock
 from quern.store.connection import Db, Document
 from quern.store.vault import Vault
-from quern.webhooks import breaker, deliveries, endpoints, schedule
+from quern.webhooks import RESEND_KIND, TEST_KIND, breaker, deliveries, endpoints, schedule
 from quern.webhooks.breaker import BreakerState, CircuitOpenError
 from quern.webhooks.deliver import deliver
 from quern.webhooks.endpoints import Cipher, DisabledReason, Endpoint
 from quern.webhooks.outcome import DeliveryOutcome, Failure
 from quern.webhooks.settings import WebhookSettings
 
-TEST_KIND = "webhook_test"
 TEST_EVENT = "webhook.test"
-RESEND_KIND = "webhook_resend"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ import re
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
 from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
 
 from quern.forms.fields import NAME, Name
@@ -198,6 +196,10 @@ def check_schema(schema: dict[str, Any]) -> None:
     Raises:
         ValueError: naming what is not accepted.
     """
+    # Two megabytes in each process that reads workflows, for one kind of step.
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:

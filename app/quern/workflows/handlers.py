@@ -1,7 +1,7 @@
 """The handlers of a workflow's steps: read the response, do the step, and write its result with what follows."""
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,9 @@ from quern.observe import traces
 from quern.search import vectors
 from quern.store import clock
 from quern.store.connection import Db, Document
-from quern.store.vault import Vault
-from quern.webhooks.handler import RESEND_KIND, attempt
-from quern.webhooks.handler import Message as WebhookMessage
+from quern.webhooks import RESEND_KIND
 from quern.webhooks.settings import WebhookSettings
-from quern.workflows import ai, forget, prompt, run, template
+from quern.workflows import ai, prompt, run, template
 from quern.workflows.definition import EmailStep, FromField, Step, WebhookStep, Workflow, parsed
 
 AI_KINDS = ("summarize", "classify", "extract", "sentiment", "translate", "embed")
@@ -48,9 +46,9 @@ class Material:
 
 
 class Steps:
-    """Makes the handlers of all kinds of steps."""
+    """Makes the handlers of all kinds of steps. `tls` gives the context of webhooks."""
 
-    def __init__(self, engine: EngineClient, versions: Versions, tls: ssl.SSLContext) -> None:
+    def __init__(self, engine: EngineClient, versions: Versions, tls: Callable[[], ssl.SSLContext]) -> None:
         self._engine, self._versions, self._tls = engine, versions, tls
 
     def handlers(self, webhook: WebhookSettings) -> Sequence[Handler]:
@@ -60,7 +58,6 @@ class Steps:
             Handler("email", self._email, self._on_end, keeps_result=False),
             Handler("webhook", self._webhook, self._on_end, webhook.max_attempts, keeps_result=False),
             Handler(RESEND_KIND, self._webhook, None, webhook.max_attempts),
-            forget.handler(self._engine),
         ]
 
     def _material(self, db: Db, job: Job) -> Material:
@@ -125,6 +122,10 @@ class Steps:
         return {"sent": True, "message_id": message["Message-ID"], "rejected": len(receipt.rejected)}
 
     def _webhook(self, job: Job, context: Context) -> dict[str, Any]:
+        # Only the worker of webhooks comes here: the others need not hold an HTTP client and ciphers.
+        from quern.store.vault import Vault
+        from quern.webhooks.handler import Message, attempt
+
         material = self._material(context.db, job)
         step = material.step
         if not isinstance(step, WebhookStep):
@@ -132,10 +133,10 @@ class Steps:
         body = job.payload.get("body") or self._body(job, context, material, step)
         settings = context.store.settings
         original = job.payload.get("original")
-        message = WebhookMessage(step.endpoint, step.event, body, job.subject, original)
+        message = Message(step.endpoint, step.event, body, job.subject, original)
         vault = Vault(*settings.required("secret_keys"))
         with traces.span("deliver webhook", parent=context.traceparent) as traceparent:
-            return attempt(job, context.db, message, settings.webhook, vault, self._tls, traceparent)
+            return attempt(job, context.db, message, settings.webhook, vault, self._tls(), traceparent)
 
     def _body(self, job: Job, context: Context, material: Material, step: WebhookStep) -> bytes:
         """The message, kept with the job before it is first sent: one `webhook-id` never names two contents."""

@@ -19,7 +19,10 @@ PROCESSES = {"api", "events", "relay", "scheduler", "worker", "engine", "analyti
 
 def _commands(group: click.Group, words: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
     found: dict[tuple[str, ...], click.Command] = {}
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             found |= _commands(command, (*words, name))
         found[(*words, name)] = command

@@ -1,0 +1,60 @@
+"""Memory at rest of Quern's own processes, by process: summed PSS, from /proc/PID/smaps_rollup.
+
+PSS counts a page that n processes share as 1/n of it in each, so the sum is what the machine holds. The processes are
+started as the units start them (roles/app), beside a real mongod and Redis, which are not counted; nor is the engine,
+which is not started. A host runs the API twice. What is not ours (nginx, exporters, Prometheus) is measured on a host:
+docs/performance-host.md.
+
+    .venv/bin/python bench/memory.py --seconds 60
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from quern.embedded.stack import temporary_stack
+
+_SERVICES = {"mongod", "redis", "cache"}
+_FIELDS = ("Pss", "Pss_Anon", "Pss_File")
+#: Instances of a process on a host (roles/app), where it is not one.
+_INSTANCES = {"api": 2}
+
+
+def family(process: int) -> Iterator[int]:
+    """The process and its living descendants."""
+    yield process
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in task.read_text().split():
+            yield from family(int(child))
+
+
+def megabytes(process: int) -> list[float]:
+    """The fields of one process. Raises OSError when it has ended."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    found = {name: int(rest.split()[0]) / 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return [found[name] for name in _FIELDS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="How long they rest before they are measured")
+    parser.add_argument("--workers", type=int, default=2, help="Gunicorn workers, as on a host of two cores")
+    arguments = parser.parse_args()
+    with temporary_stack(with_engine=False, api_workers=arguments.workers) as stack:
+        time.sleep(arguments.seconds)
+        total = 0.0
+        print(f"{'process':<18}{'of':>4}{'PSS':>9}{'private':>9}{'files':>9}   MB")
+        for name, service in stack.processes.items():
+            if name in _SERVICES or service.pid is None:
+                continue
+            members = [megabytes(process) for process in family(service.pid)]
+            sums = [sum(column) for column in zip(*members, strict=True)]
+            total += sums[0] * _INSTANCES.get(name, 1)
+            print(f"{name:<18}{len(members):>4}" + "".join(f"{value:>9.1f}" for value in sums))
+        twice = " and ".join(f"{name} × {count}" for name, count in _INSTANCES.items())
+        print(f"sum, with {twice}: {total:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
