@@ -92,7 +92,8 @@ class ChatTemplate:
         turns = []
         for message in messages:
             turn = message.model_dump(exclude_none=True, exclude={"content", "tool_calls", "name"})
-            turn["content"] = mark(message.content)
+            # Templates ask whether there is any: of a call alone there is none.
+            turn["content"] = mark(message.content) if message.content else ""
             if message.name is not None:
                 turn["name"] = mark_within(message.name)
             if message.tool_calls:

@@ -103,3 +103,10 @@ def test_a_template_cannot_reach_out_of_its_sandbox(model: llama.Model) -> None:
     hostile = ChatTemplate("{{ messages.__class__.__mro__ }}", model.vocabulary)
     with pytest.raises(TemplateRefusedError):
         hostile.tokens([Message(role="user", content="hi")])
+
+
+def test_a_call_alone_is_a_turn_without_text(model: llama.Model) -> None:
+    source = "{% for m in messages %}{% if m.content %}text {% endif %}{{ m.tool_calls | tojson }}{% endfor %}tools"
+    template = ChatTemplate(source, model.vocabulary)
+    turn = Message(role="assistant", tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    assert _text(model, template.tokens([turn])).startswith('[{"function"')

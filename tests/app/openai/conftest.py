@@ -1,9 +1,11 @@
 """All of Quern with its engine, and the real `openai` client before it: only `base_url` and `api_key` are ours."""
 
+import json
 import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -11,13 +13,18 @@ import orjson
 import pytest
 
 from quern.embedded.stack import Stack, temporary_stack
+from quern.inference import registry
 from quern.openai import deltas
 from quern.store.connection import Db
 from quern.store.redis_connection import connect
 from quern.tenants import keys, tenant
 from tests.app.api.client import Client
+from tests.app.inference.lending import lend
+from tests.app.openai.teaching import HERMES, teach
 
 CHAT = "smollm2-135m-instruct-q4_1"
+#: The same weights with a chat template that has tools.
+TAUGHT = "smollm2-taught"
 EMBEDDING = "all-minilm-l6-v2-int8"
 #: Small, so that a test can reach it.
 MOST_QUEUED = 8
@@ -28,6 +35,7 @@ class Lab:
     """The running stack, and its doors."""
 
     stack: Stack
+    taught: Path
 
     @property
     def db(self) -> Db:
@@ -64,16 +72,38 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with Quern's own models and TAUGHT."""
+    kept, made = registry.default_models_dir(), tmp_path_factory.mktemp("models")
+    for name in (CHAT, EMBEDDING, TAUGHT):
+        (made / name).mkdir()
+    own = registry.known_models(kept)
+    for model in (own[CHAT], own[EMBEDDING]):
+        for file in model.files:
+            lend(registry.file_path(model, file, kept), registry.file_path(model, file, made))
+    source = registry.file_path(own[CHAT], own[CHAT].files[0], kept)
+    file = registry.ModelFile(path="w.gguf", sha256=teach(source, made / TAUGHT / "w.gguf", HERMES))
+    taught = own[CHAT].model_copy(update={"name": TAUGHT, "files": (file,), "source": None})
+    (made / registry.OWN_LIST).write_text(json.dumps([taught.model_dump(mode="json")]), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="session")
+def lab(models: Path) -> Iterator[Lab]:
     """One for the session. A test that stops a part starts it again."""
     settings = {
+        "QUERN_ENGINE_MODELS": str(models),
+        # Given, so that no model is measured first, for which these tests would wait.
+        "QUERN_ENGINE_BLAS": "true",
+        "QUERN_ENGINE_POLL": "0",
+        "QUERN_ENGINE_BATCH_SIZE": "512",
         "QUERN_OPENAI__MAX_QUEUED_PER_TENANT": str(MOST_QUEUED),
         "QUERN_OPENAI__MAX_FILE_BYTES": "200000",
         "QUERN_JOB__LEASE": "3",
     }
     queues = ("high", "webhooks", "low", "batched")
     with temporary_stack(api_workers=1, queues=queues, settings=settings) as stack:
-        yield Lab(stack)
+        yield Lab(stack, models / TAUGHT / "w.gguf")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.app.openai.conftest import CHAT, EMBEDDING, Lab
+from tests.app.openai.conftest import CHAT, EMBEDDING, TAUGHT, Lab
 
 QUESTION: list[Any] = [{"role": "user", "content": "Name three colours."}]
 
@@ -20,7 +20,7 @@ class Person(BaseModel):
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {CHAT, EMBEDDING}
+    assert {model.id for model in client.models.list()} == {CHAT, EMBEDDING, TAUGHT}
     assert client.models.retrieve(CHAT).owned_by == "quern"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-99")
