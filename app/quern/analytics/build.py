@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quern.analytics import extract, schema, source
-from quern.analytics.flatten import Flattener, Version, audit_rows, job_rows
+from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, Version, audit_rows, job_rows
 from quern.analytics.manifest import Manifest, Partition, is_month
 from quern.analytics.partition import PartitionWriter
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
@@ -27,6 +28,8 @@ from quern.store.connection import Db, Document
 SAMPLE: Final = 3
 _FACTS: Final = ("fact_response", "fact_answer", "fact_embedding", "fact_audit", "fact_job")
 _READ_BACK_ROWS: Final = 65_536
+#: Columns of `fact_answer` that are compared field by field.
+COMPARED: Final = ["response", "source", "path", "item", "value_text", "value_number", "value_bool"]
 
 
 @dataclass
@@ -127,12 +130,11 @@ class Builder:
             for day, (rows, attempts) in carried.items():
                 tallies[day].jobs += rows
                 tallies[day].attempts += attempts
-            found = read_back(self._warehouse, partitions, days)
+            found = read_back(self._warehouse, partitions, days, sample)
             for day in days:
                 problems[day] += tallies[day].differences(found[day])
-            if "fact_answer" in partitions:
-                for day, problem in sample.compare([self._warehouse / partitions["fact_answer"].path]):
-                    problems[day].append(problem)
+            for day, problem in sample.differences():
+                problems[day].append(problem)
             for file in extracts:
                 file.replace(days)
         problems = {day: listed for day, listed in problems.items() if listed}
@@ -158,35 +160,54 @@ class Builder:
         sample: "Sample",
     ) -> bool:
         """Whether every value was what its form's version says."""
-        explained = True
+        explained, flattener = True, Flattener()
+        working: dict[str, Document] = {}
+
+        def flush() -> None:
+            nonlocal flattener, explained, working
+            for table, rows in flattener.batches():
+                writers[table.name].write(rows)
+            explained = explained and flattener.explained
+            self._write_jobs(reader, writers["fact_job"], tallies, working)
+            flattener, working = Flattener(), {}
+
         for chunk in reader.responses():
             self._pause()
-            flattener = Flattener()
-            ids = {document["_id"]: document for document in chunk.documents}
             for part in chunk.by_day("created"):
                 tally = tallies[part.day]
                 for document, digest in zip(part.documents, part.digests, strict=True):
                     flattener.add(document, self._versions.get(document["form"], document["version"]), digest)
                     tally.add_document(document)
                     sample.offer(part.day, document, digest)
+                    working[document["_id"]] = {name: document[name] for name in RESPONSE_OF_JOB}
                 tally.responses += len(part.documents)
                 tally.response_hash = source.signed(tally.response_hash + sum(part.digests))
                 for file in extracts:
                     file.write(part)
-            explained = explained and flattener.explained
-            for table, rows in flattener.batches():
-                writers[table.name].write(rows)
-            jobs = reader.jobs(list(ids))
-            if jobs:
-                writers["fact_job"].write(job_rows(jobs, ids))
-            for job in jobs:
-                day = ids[job["subject"]]["created"].date()
-                tallies[day].jobs += 1
-                tallies[day].attempts += job["attempt"]
-            if len(jobs) != (count := reader.count_jobs(list(ids))):
-                # Fewer or more than the index has: no day may be published with them.
-                tallies[chunk.documents[-1]["created"].date()].jobs += count - len(jobs)
+            if flattener.count >= source.BATCH:
+                flush()
+        if flattener.count:
+            flush()
         return explained
+
+    def _write_jobs(
+        self,
+        reader: source.SpanReader,
+        writer: PartitionWriter,
+        tallies: dict[date, Tally],
+        responses: dict[str, Document],
+    ) -> None:
+        jobs = reader.jobs(list(responses))
+        if jobs:
+            writer.write(job_rows(jobs, responses))
+        for job in jobs:
+            day = responses[job["subject"]]["created"].date()
+            tallies[day].jobs += 1
+            tallies[day].attempts += job["attempt"]
+        if len(jobs) != (count := reader.count_jobs(list(responses))):
+            # Fewer or more than the index has: no day may be published with them.
+            last = next(reversed(responses.values()))
+            tallies[last["created"].date()].jobs += count - len(jobs)
 
     def _write_audit(
         self,
@@ -279,6 +300,7 @@ class Sample:
     def __init__(self, size: int = SAMPLE) -> None:
         self._size = size
         self._kept: list[tuple[int, str, date, dict[tuple[str, str, str], Any]]] = []
+        self._found: list[dict[str, Any]] = []
 
     def offer(self, day: date, document: Document, digest: int) -> None:
         if len(self._kept) < self._size:
@@ -286,15 +308,21 @@ class Sample:
         elif -digest > self._kept[0][0]:
             heapq.heapreplace(self._kept, (-digest, document["_id"], day, leaves_of(document)))
 
-    def compare(self, files: list[Path]) -> list[tuple[date, str]]:
-        """Compare them, field by field, with the rows in some files of `fact_answer`; the differences."""
-        ids = [identity for _, identity, _, _ in self._kept]
-        found: dict[str, list[dict[str, Any]]] = {identity: [] for identity in ids}
-        columns = ["response", "source", "path", "item", "value_text", "value_number", "value_bool"]
-        for path in files:
-            rows = pq.read_table(path, columns=columns, filters=[("response", "in", ids)])
-            for row in rows.to_pylist():
-                found[row["response"]].append(row)
+    @property
+    def responses(self) -> list[str]:
+        """The documents' identifiers."""
+        return [identity for _, identity, _, _ in self._kept]
+
+    def find(self, rows: pa.RecordBatch) -> None:
+        """Take down the sample's rows among some of `fact_answer`."""
+        chosen = rows.filter(pc.is_in(rows.column("response"), pa.array(self.responses, pa.string())))
+        self._found += chosen.select(COMPARED).to_pylist()
+
+    def differences(self) -> list[tuple[date, str]]:
+        """Compare the documents, field by field, with the rows that were found."""
+        found: dict[str, list[dict[str, Any]]] = {identity: [] for identity in self.responses}
+        for row in self._found:
+            found[row["response"]].append(row)
         problems = []
         for _, identity, day, wanted in self._kept:
             there = rows_as_leaves(found[identity])
@@ -314,13 +342,17 @@ def _equal(stored: Any, flattened: Any) -> bool:
     return type(stored) is type(flattened) and bool(stored == flattened)
 
 
-def read_back(root: Path, partitions: dict[str, Partition], days: list[date]) -> dict[date, Tally]:
-    """The figures of each day in some partitions, from their files as they stand on the disk."""
+def read_back(root: Path, partitions: dict[str, Partition], days: list[date], sample: Sample) -> dict[date, Tally]:
+    """The figures of each day in some partitions, from their files as they stand on the disk; and the sample's rows."""
     tallies = {day: Tally() for day in days}
     for table, partition in partitions.items():
-        with pq.ParquetFile(root / partition.path) as file:
-            for rows in file.iter_batches(_READ_BACK_ROWS, columns=[*COUNTED[table], "day"]):
+        columns = {*COUNTED[table], "day", *(COMPARED if table == "fact_answer" else ())}
+        names = ["source", "path", "item"] if table == "fact_answer" else None
+        with pq.ParquetFile(root / partition.path, read_dictionary=names) as file:
+            for rows in file.iter_batches(_READ_BACK_ROWS, columns=sorted(columns)):
                 add_rows(tallies, table, rows)
+                if table == "fact_answer":
+                    sample.find(rows)
     return tallies
 
 

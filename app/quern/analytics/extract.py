@@ -46,6 +46,8 @@ AUDIT: Final = pa.schema(
         pa.field("hash", pa.int64(), False),
     ]
 )
+#: Rows of the Parquet file that are gathered.
+_BATCH: Final = 2000
 _NESTED: Final = frozenset({"answers", "results", "steps", "detail"})
 
 
@@ -101,6 +103,8 @@ class _DayWriter:
         self._stale = [directory / f"{name}.jsonl{suffix}" for suffix in _SUFFIX.values()]
         self._line_file: Any = None
         self._table_file: pq.ParquetWriter | None = None
+        self._rows: dict[str, list[Any]] = {}
+        """What is written of the Parquet file with the next batch."""
 
     def abandon(self) -> None:
         for path in (self._lines, self._parquet):
@@ -111,32 +115,34 @@ class _DayWriter:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._line_file = _open_lines(_temporary(self._lines), self._compression)
             self._table_file = open_writer(_temporary(self._parquet), self._columns)
-        columns: dict[str, list[Any]] = {name: [] for name in self._columns.names}
-        lines: list[bytes] = []
-        for document, number in zip(chunk.documents, chunk.digests, strict=True):
-            row: dict[str, Any] = {"id": document["_id"], "hash": number}
-            for name, value in document.items():
-                if name in _NESTED:
-                    # Made once for both files.
-                    text = to_json(value)
-                    columns[name].append(text)
-                    row[name] = orjson.Fragment(text)
-                elif name != "_id":
-                    row[name] = value
-                    columns[name].append(value)
-            columns["id"].append(row["id"])
-            columns["hash"].append(row.pop("hash"))
-            count = len(lines) + 1
-            for values in columns.values():
-                if len(values) < count:
-                    values.append(None)
-            lines.append(to_json(row))
-        lines.append(b"")
-        self._line_file.write(b"\n".join(lines))
-        arrays = [pa.array(columns[field.name], field.type) for field in self._columns]
-        self._table_file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._columns))
+            self._rows = {name: [] for name in self._columns.names}
+        rows = [{"id": document["_id"], **document} for document in chunk.documents]
+        for name in self._columns.names:
+            if name == "hash":
+                self._rows[name] += chunk.digests
+            elif name in _NESTED:
+                # Made once for both files.
+                texts = [to_json(row[name]) if name in row else None for row in rows]
+                self._rows[name] += texts
+                for row, text in zip(rows, texts, strict=True):
+                    if text is not None:
+                        row[name] = orjson.Fragment(text)
+            else:
+                self._rows[name] += [row.get(name) for row in rows]
+        for row in rows:
+            del row["_id"]
+        self._line_file.write(b"".join([to_json(row, orjson.OPT_APPEND_NEWLINE) for row in rows]))
+        if len(self._rows["id"]) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._table_file is not None and self._rows["id"]:
+            arrays = [pa.array(self._rows[field.name], field.type) for field in self._columns]
+            self._rows = {name: [] for name in self._columns.names}
+            self._table_file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._columns))
 
     def close(self) -> None:
+        self._flush()
         if self._line_file is not None:
             self._line_file.close()
             self._line_file = None

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quern.analytics import follow, source
-from quern.analytics.build import Sample
+from quern.analytics.build import COMPARED, Sample
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import measured
 from quern.analytics.tally import COUNTED, Tally, add_rows
@@ -94,7 +94,7 @@ def verify(
 
 
 def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verification) -> list[str]:
-    stored, sample, kept_jobs = Tally(), Sample(), set[str]()
+    stored, sample, ids, kept_jobs = Tally(), Sample(), list[str](), set[str]()
     with source.snapshot(db) as session:
         reader = source.SpanReader(db, session, tenant, day, day)
         for chunk in reader.responses():
@@ -103,7 +103,9 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
                 stored.response_hash = source.signed(stored.response_hash + digest)
                 stored.add_document(document)
                 sample.offer(day, document, digest)
-            for job in reader.jobs([document["_id"] for document in chunk.documents]):
+                ids.append(document["_id"])
+        for first in range(0, len(ids), source.BATCH):
+            for job in reader.jobs(ids[first : first + source.BATCH]):
                 kept_jobs.add(job["_id"])
                 stored.jobs += 1
                 stored.attempts += job["attempt"]
@@ -111,15 +113,18 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
     there = Tally()
     files = {table: manifest.files(table, tenant, day, day + timedelta(days=1)) for table in _FACTS}
     for table, paths in files.items():
-        for rows in _rows_of(paths, [*COUNTED[table], *(["job"] if table == "fact_job" else [])], day):
+        more = {"fact_job": ["job"], "fact_answer": COMPARED}.get(table, [])
+        for rows in _rows_of(paths, sorted({*COUNTED[table], *more}), day):
             if table == "fact_job":
                 rows = rows.filter(pc.is_in(rows.column("job"), pa.array(sorted(kept_jobs), pa.string())))
             add_rows({day: there}, table, rows)
+            if table == "fact_answer":
+                sample.find(rows)
     found.days += 1
     found.responses += stored.responses
     found.audit += stored.audit
     found.figures.append({"tenant": tenant, "day": day.isoformat(), **_figures(stored, there)})
-    problems = stored.differences(there) + [problem for _, problem in sample.compare(files["fact_answer"])]
+    problems = stored.differences(there) + [problem for _, problem in sample.differences()]
     if problems:
         problems += _named(db, tenant, day, files["fact_response"], files["fact_audit"])
     return problems

@@ -24,8 +24,9 @@ class PartitionWriter:
     """Writes batches of a table's rows into one file of the warehouse. A writer left by an exception leaves nothing.
 
     Batches are gathered until ROW_GROUP rows or `batch_bytes` bytes (None: BATCH_BYTES), so that memory does not grow
-    with the rows. With `sort` they are gathered until the end and sorted by the table's order; rows of more than
-    `batch_bytes` bytes are not: then `sorted` is false.
+    with the rows, and put in the order of the columns that are constant in each of them (`Table.constant`), else as
+    they came: in time. With `sort` they are gathered until the end; rows of more than `batch_bytes` bytes are not: then
+    `sorted` is false.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class PartitionWriter:
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_rows = self._waiting_bytes = 0
+        self._held: set[int] = set()
+        """Addresses of the memory that the waiting batches have."""
         self.rows = 0
 
     def __enter__(self) -> "PartitionWriter":
@@ -66,23 +69,39 @@ class PartitionWriter:
             return
         self._waiting.append(batch)
         self._waiting_rows += batch.num_rows
-        self._waiting_bytes += batch.nbytes
+        self._waiting_bytes += self._new_bytes(batch)
         self.rows += batch.num_rows
         if self._waiting_bytes >= self._limit or (not self.sorted and self._waiting_rows >= ROW_GROUP):
             self.sorted = False
             self._flush()
+
+    def _new_bytes(self, batch: pa.RecordBatch) -> int:
+        """What holding the batch costs: batches share the memory of what their rows have in common."""
+        found = 0
+        for column in batch.columns:
+            for buffer in column.buffers():
+                if buffer is not None and buffer.address not in self._held:
+                    self._held.add(buffer.address)
+                    found += buffer.size
+        return found
+
+    def _place(self, batch: pa.RecordBatch) -> tuple[str, ...]:
+        return tuple(batch.column(name)[0].as_py() for name in self._table.order[: self._table.constant])
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         if self._writer is None:
             self._final.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+            # Dictionaries in memory, plain columns for readers.
+            self._schema = self._waiting[0].schema
             self._writer = open_writer(self._temporary, self._schema)
-        rows = pa.Table.from_batches(self._waiting, self._schema)
-        if self.sorted:
+        rows = pa.Table.from_batches(sorted(self._waiting, key=self._place), self._schema).unify_dictionaries()
+        if self.sorted and not self._table.constant:
             rows = rows.sort_by([(name, "ascending") for name in self._table.order])
         self._writer.write_table(rows, row_group_size=ROW_GROUP)
         self._waiting = []
+        self._held = set()
         self._waiting_rows = self._waiting_bytes = 0
 
     def close(self) -> Partition | None:

@@ -51,7 +51,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table. `grain`: what one row stands for. `order`: the columns that compacted partitions are sorted by."""
+    """One table. `grain`: what one row stands for. `order`: the columns that compacted partitions are sorted by.
+
+    A month that was built at once is sorted by the first `constant` of them, and by time within these.
+    """
 
     name: str
     grain: str
@@ -61,6 +64,8 @@ class Table:
     """Partitioned by day, later by month; otherwise one partition a tenant, replaced when it changes."""
     shared: bool = False
     """The same for every tenant, kept under `manifest.SHARED`."""
+    constant: int = 0
+    """So many columns of `order` are constant in each batch that flattening makes."""
 
     @cached_property
     def arrow(self) -> pa.Schema:
@@ -141,6 +146,7 @@ FACT_RESPONSE: Final = Table(
     ),
     order=("form", "created", "response"),
     dated=True,
+    constant=1,
 )
 
 FACT_ANSWER: Final = Table(
@@ -166,6 +172,7 @@ FACT_ANSWER: Final = Table(
     ),
     order=("form", "source", "path", "created", "response", "item"),
     dated=True,
+    constant=3,
 )
 
 FACT_EMBEDDING: Final = Table(
@@ -183,6 +190,7 @@ FACT_EMBEDDING: Final = Table(
     ),
     order=("form", "step", "created", "response"),
     dated=True,
+    constant=2,
 )
 
 FACT_AUDIT: Final = Table(
