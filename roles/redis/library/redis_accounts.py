@@ -66,12 +66,12 @@ class Refused(Exception):
     """The instance refused a command."""
 
 
-def password_of(folder: str, account: str, credential: str = "quern_redis_queue_url") -> str:
-    """The password inside an account's URL."""
+def passwords_of(folder: str, account: str, credential: str = "quern_redis_queue_url") -> list[str]:
+    """The password inside an account's URL, and after it, during a rotation of the administrator's, the former ones."""
     path = Path(folder) / f"{account}.{credential}"
     command = ["systemd-creds", "decrypt", f"--name={credential}", str(path), "-"]
     url = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return urlsplit(url).password or ""
+    return (urlsplit(url).password or "").split(",")
 
 
 def previous_digests(lines: list[str], account: str) -> list[str]:
@@ -85,7 +85,7 @@ def lines_wanted(params: dict[str, Any], found: list[str]) -> list[str]:
     lines = ["user default off resetpass resetkeys resetchannels -@all"]
     for account in params["accounts"]:
         credential = account.get("credential", "quern_redis_queue_url")
-        secret = password_of(params["credentials"], account["name"], credential)
+        secret = passwords_of(params["credentials"], account["name"], credential)[0]
         digests = [hashlib.sha256(secret.encode()).hexdigest()]
         if params["keep_previous"]:
             digests += [digest for digest in previous_digests(found, account["name"]) if digest not in digests]
@@ -113,13 +113,25 @@ class Instance:
             raise Refused(answer)
 
 
-def set_live(path: str, password: str, found: list[str], wanted: list[str]) -> bool:
+def come_in(instance: Instance, passwords: list[str]) -> None:
+    """Be the administrator, by the first of the passwords that holds. Raises Refused when none does."""
+    *others, last = passwords
+    for password in others:
+        try:
+            instance.call("AUTH", ADMIN, password)
+        except Refused:
+            continue
+        return
+    instance.call("AUTH", ADMIN, last)
+
+
+def set_live(path: str, passwords: list[str], found: list[str], wanted: list[str]) -> bool:
     """Set what differs in the running instance; whether that was possible. One that does not run reads the file."""
     if not Path(path).exists():
         return True
     try:
         instance = Instance(path)
-        instance.call("AUTH", ADMIN, password)
+        come_in(instance, passwords)
         for line in wanted:
             if line not in found:
                 _, name, *rules = line.split()
@@ -149,7 +161,7 @@ def main() -> None:
     found = path.read_text().splitlines() if path.exists() else []
     try:
         wanted = lines_wanted(params, found)
-        administrator = password_of(params["credentials"], ADMIN)
+        administrator = passwords_of(params["credentials"], ADMIN)
     except subprocess.CalledProcessError as error:
         if module.check_mode:
             module.exit_json(changed=True, live=True)

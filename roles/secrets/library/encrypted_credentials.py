@@ -27,7 +27,7 @@ options:
     description: >-
       dicts of C(file), C(kind) (C(password), C(keyfile), C(given), C(ring), C(handover)) and C(template), a text with
       {secret}, and with {turn} where an account changes its name with its password. A ring is a list of keys, of which
-      the first seals and all open; a handover is the password, and during a rotation the former one after it.
+      the first seals and all open; a handover is the password, and during a rotation the former ones after it.
     type: list
     elements: dict
     required: true
@@ -120,7 +120,8 @@ def turned(kind: str, secret: str, phase: str) -> str:
         case "ring", "promote":
             return ",".join([known[-1], *known[:-1]])
         case "handover", "introduce":
-            return ",".join([fresh(kind), known[0]])
+            # All of the former: one of an interrupted rotation may not have come into use.
+            return ",".join([fresh(kind), *known])
         case "handover", "retire":
             return known[0]
         case (("password" | "keyfile"), "introduce"):
