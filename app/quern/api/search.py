@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any, Final, Self
 
-import numpy as np
 import pymongo
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pymongo.errors import PyMongoError
@@ -28,7 +27,6 @@ from quern.inference.client import (
 from quern.inference.protocol import EmbedRequest
 from quern.responses import response as responses
 from quern.search import vectors
-from quern.search.nearest import Among, nearest
 from quern.store.moment import Moment
 
 edge = Edge("search")
@@ -118,6 +116,9 @@ def search(call: Call) -> Reply:
     503 with `Retry-After` while the engine is away, while the process does other searches, or after several searches
     in a row took too long; a filter makes the next one quicker.
     """
+    # NumPy is much to hold for a host on which nobody searches.
+    from quern.search.nearest import Among, nearest
+
     body: SearchIn = call.body
     if body.form is not None and forms.get(call.db, call.tenant, body.form) is None:
         raise not_found("form")
@@ -141,6 +142,8 @@ def search(call: Call) -> Reply:
 
 
 def _wanted(call: Call, body: SearchIn) -> vectors.Embedded:
+    import numpy as np
+
     if body.like is not None:
         if responses.get(call.db, call.tenant, body.like) is None:
             raise not_found("response")

@@ -1,5 +1,6 @@
 """Gunicorn, set up from the settings: threads for what answers at once (what waits is served by `quern.events`)."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,9 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "loglevel": "warning",
             "logger_class": "quern.api.server.Logger",
             "control_socket_disable": True,
+            # The master makes the application, and its workers share what they never change of it.
+            "preload_app": True,
+            "when_ready": lambda _: gc.freeze(),
             "post_fork": _post_fork,
             "child_exit": _child_exit,
             "umask": 0o117,
