@@ -4,9 +4,11 @@ Who may connect is the socket's rights; whose rows are meant is said by the API,
 """
 
 import atexit
+import gc
 import logging
 import os
 import threading
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import orjson
@@ -18,7 +20,6 @@ from redis import Redis
 
 from quern.analytics import render, sandbox
 from quern.analytics.answer import TooManyRowsError, Warehouse
-from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
 from quern.analytics.desk import Desk, GoneError
 from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.engine import Engine, EngineError, TimedOutError
@@ -86,14 +87,22 @@ class AskedSql(BaseModel):
     rows: int = Field(1000, ge=1, le=10_000)
 
 
-def make_engine(settings: ProcessSettings) -> Engine:
-    """The engine that the settings name. Raises NotConfiguredError."""
+def warehouse_of(settings: ProcessSettings) -> Path:
+    """The folder of the warehouse. Raises NotConfiguredError for what an engine over it lacks."""
     chosen, root = settings.analytics.service, settings.analytics.warehouse
     if root is None:
         raise NotConfiguredError("QUERN_ANALYTICS__WAREHOUSE is not set: expected the folder of the warehouse")
-    if chosen.engine == "clickhouse":
-        if chosen.clickhouse_url is None:
-            raise NotConfiguredError("QUERN_ANALYTICS__SERVICE__CLICKHOUSE_URL is not set")
+    if chosen.engine == "clickhouse" and chosen.clickhouse_url is None:
+        raise NotConfiguredError("QUERN_ANALYTICS__SERVICE__CLICKHOUSE_URL is not set")
+    return root
+
+
+def make_engine(settings: ProcessSettings) -> Engine:
+    """The engine that the settings name. Raises NotConfiguredError."""
+    chosen, root = settings.analytics.service, warehouse_of(settings)
+    if chosen.clickhouse_url is not None and chosen.engine == "clickhouse":
+        from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
+
         password = settings.clickhouse_password
         secret = password.get_secret_value() if password else ""
         server = Server(chosen.clickhouse_url, chosen.clickhouse_user, secret, chosen.memory_megabytes)
@@ -104,9 +113,7 @@ def make_engine(settings: ProcessSettings) -> Engine:
 
 def make_desk(settings: ProcessSettings) -> Desk:
     """What answers. Raises NotConfiguredError."""
-    engine, root = make_engine(settings), settings.analytics.warehouse
-    if root is None:
-        raise NotConfiguredError("QUERN_ANALYTICS__WAREHOUSE is not set")
+    engine, root = make_engine(settings), warehouse_of(settings)
     service = settings.analytics.service
     cache: Redis | None = None
     if (url := settings.redis_cache_url) is not None:
@@ -208,6 +215,8 @@ class AnalyticsServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no
             "errorlog": "-",
             "loglevel": "warning",
             "control_socket_disable": True,
+            # What the worker then never looks at stays shared with it.
+            "when_ready": lambda _: gc.freeze(),
             # The group may connect: the API's processes are in it.
             "umask": 0o117,
         }
@@ -230,5 +239,6 @@ def serve(settings: ProcessSettings) -> None:
     """Run the service until it is told to stop. Raises NotConfiguredError."""
     if settings.analytics.service.socket is None:
         raise NotConfiguredError("QUERN_ANALYTICS__SERVICE__SOCKET is not set: expected the path of a UNIX socket")
-    make_engine(settings).close()
+    # The engine itself is the worker's: this process only watches it.
+    warehouse_of(settings)
     AnalyticsServer(settings).run()
