@@ -1,7 +1,8 @@
 """Many short requests through one engine, by hand: answers right to the last, and memory that stays flat.
 
 Requests are mixed as life mixes them: chat, plain text, schemas, streams, several tenants, some dropped by their
-client. Prints the model process's resident set along the way; ends with status 1 if it grew by more than
+client. With `--tiny` they are prompts of about eight tokens and answers of one or two, so that thousands take minutes.
+Prints the model process's resident set along the way; ends with status 1 if it grew by more than
 `--slack-mib` between the first tenth (when every cache has filled) and the end, or if anything is left waiting.
 
     .venv/bin/python tests/load/short_requests.py --requests 20000
@@ -49,6 +50,21 @@ def one(client: EngineClient, number: int) -> None:
                 pass
 
 
+def tiny(client: EngineClient, number: int) -> None:
+    """One very short request: streamed, whole, or dropped by its client."""
+    request = GenerateRequest(tenant=f"t{number % 7}", prompt=f"Number {number} is", max_tokens=1 + number % 2)
+    match number % 5:
+        case 0:
+            assert 1 <= len(list(client.stream(request))) <= 3
+        case 1:
+            try:
+                client.generate(request.model_copy(update={"max_tokens": 64}), should_stop=lambda: True)
+            except EngineCancelled:
+                pass
+        case _:
+            assert client.generate(request).completion_tokens <= 2
+
+
 def resident_mib(pid: int) -> float:
     """The resident set of the engine's model process."""
     child = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0]
@@ -59,6 +75,7 @@ def resident_mib(pid: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--tiny", action="store_true", help="prompts of eight tokens, answers of one or two")
     parser.add_argument("--at-once", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this long, and say how many it were")
     parser.add_argument("--slack-mib", type=float, default=24.0)
@@ -93,12 +110,13 @@ def _run(client: EngineClient, pid: int, arguments: argparse.Namespace) -> tuple
     numbers, failures, seen = itertools.count(), [], []
     end = time.monotonic() + arguments.seconds
     done = [0]
+    ask = tiny if arguments.tiny else one
     lock = threading.Lock()
 
     def work() -> None:
         while (number := next(numbers)) < arguments.requests and time.monotonic() < end:
             try:
-                one(client, number)
+                ask(client, number)
             except Exception as error:
                 failures.append(f"{number}: {type(error).__name__}: {error}")
             with lock:
