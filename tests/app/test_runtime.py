@@ -8,6 +8,7 @@ import sys
 import pytest
 from cryptography.fernet import Fernet
 
+from quern.api.app import create_app
 from quern.config import LiveSettings, Settings
 from quern.jobs.model import Queue
 from quern.runtime import Runtime
@@ -16,18 +17,20 @@ ENVIRONMENT = {
     "QUERN_MONGODB_URI": "mongodb://127.0.0.1:1/?directConnection=true",
     "QUERN_REDIS_QUEUE_URL": "unix:///nowhere/redis.sock",
 }
-CIPHERS, HTTP, SCHEMAS, TEMPLATES = "cryptography.fernet", "httpcore2", "jsonschema", "jinja2"
-ENGINES = {"duckdb", "pyarrow", "numpy", "matplotlib", "onnxruntime", "llama_cpp", "flask", "quart"}
-NEVER = ENGINES | {"pymongo.pyopenssl_context", "opentelemetry.sdk.metrics", "rich", SCHEMAS}
+CIPHERS, HTTP, TEMPLATES, FLASK = "cryptography.fernet", "httpcore2", "jinja2", "flask"
+ENGINES = {"duckdb", "pyarrow", "numpy", "matplotlib", "onnxruntime", "llama_cpp"}
+NEVER = ENGINES | {"pymongo.pyopenssl_context", "opentelemetry.sdk.metrics", "rich", "jsonschema"}
 #: What the process of that name must not hold beside that.
 UNLOADED = {
-    "high": {CIPHERS, HTTP, TEMPLATES, "quern.mail.send"},
-    "default": {CIPHERS, HTTP, "quern.openai.request"},
-    "webhooks": {"quern.openai.request"},
-    "low": {CIPHERS, HTTP, TEMPLATES, "quern.mail.send"},
-    "batched": {CIPHERS, HTTP},
-    "relay": {CIPHERS, HTTP, "quern.openai.request", "quern.inference.client"},
-    "scheduler": {CIPHERS, HTTP, TEMPLATES, "quern.openai.request", "quern.inference.client"},
+    "api": {"quart", "quern.mail.send", "quern.openai.answering"},
+    "events": {CIPHERS, HTTP, "quern.mail.send", "quern.openai.answering"},
+    "high": {FLASK, CIPHERS, HTTP, TEMPLATES, "quern.mail.send"},
+    "default": {FLASK, CIPHERS, HTTP, "quern.openai.request"},
+    "webhooks": {FLASK, "quern.openai.request"},
+    "low": {FLASK, CIPHERS, HTTP, TEMPLATES, "quern.mail.send"},
+    "batched": {FLASK, CIPHERS, HTTP},
+    "relay": {FLASK, CIPHERS, HTTP, "quern.openai.request", "quern.inference.client"},
+    "scheduler": {FLASK, CIPHERS, HTTP, TEMPLATES, "quern.openai.request", "quern.inference.client"},
 }
 
 #: Does what `quern.cli.services` does before it serves, for each process in a child of its own; prints what it loaded.
@@ -40,6 +43,12 @@ from quern.jobs.model import Queue
 
 def parts(name):
     runtime = open_runtime()
+    if name == "api":
+        import quern.api.server
+        return quern.api.server.create_app(runtime)
+    if name == "events":
+        import quern.events.server, quern.events.wiring
+        return quern.events.server.create_app(runtime.live, quern.events.wiring.authenticator(runtime), runtime)
     if name == "relay":
         import quern.workflows.relay
         return runtime.store, runtime.waker
@@ -112,3 +121,8 @@ def test_every_queue_has_work(runtime: Runtime) -> None:
 
 def test_a_kind_of_another_version_has_no_handler(runtime: Runtime) -> None:
     assert runtime.registry.get("juggle") is None
+
+
+def test_the_api_is_made_without_a_connection_so_that_its_workers_may_be_forked_from_it(runtime: Runtime) -> None:
+    create_app(runtime)
+    assert not {"store", "limiter", "waker"} & vars(runtime).keys()
