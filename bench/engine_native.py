@@ -1,7 +1,8 @@
 """How the engine computes on this machine against llama.cpp's own build: prompts and generation of one sequence.
 
 The peer is `llama-bench` of `bench/build_llama_server.py` (ggml's kernels, OpenMP). Ours is what `tuning.choose` takes,
-with the engine's context: one memory for all sequences. Rounds alternate.
+with the engine's context: one memory for all sequences. Rounds alternate; of each the best repetition counts, which
+others' work disturbed least.
 
     .venv/bin/python bench/engine_native.py [--rounds 3] [--type q8_0 --type q4_1 --type q4_0] [--threads 2]
 """
@@ -51,7 +52,7 @@ def own(path: Path, blas: bool, threads: int, poll: int) -> None:
         if number:  # the first one warms up
             prompts.append(PROMPT / prompt)
             answers.append(ANSWER / answer)
-    print(json.dumps([statistics.mean(prompts), statistics.mean(answers)]))
+    print(json.dumps([max(prompts), max(answers)]))
 
 
 def peer(path: Path, threads: int) -> list[float]:
@@ -61,7 +62,9 @@ def peer(path: Path, threads: int) -> list[float]:
     sizes = ["-p", str(PROMPT), "-n", str(ANSWER), "-t", str(threads), "-r", str(REPETITIONS), "-o", "json"]
     command = [str(server.with_name("llama-bench")), "-m", str(path), *sizes]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return [next(row["avg_ts"] for row in found if bool(row["n_gen"]) is generated) for generated in (False, True)]
+    return [
+        next(max(row["samples_ts"]) for row in found if bool(row["n_gen"]) is generated) for generated in (False, True)
+    ]
 
 
 def compare(kind: str, rounds: int, threads: int) -> None:
@@ -82,8 +85,10 @@ def compare(kind: str, rounds: int, threads: int) -> None:
         ours.append(json.loads(done.stdout))
     for index, name in enumerate(("prompt", "generation")):
         one, other = (statistics.median(row[index] for row in rows) for rows in (ours, theirs))
+        best, rival = (max(row[index] for row in rows) for rows in (ours, theirs))
         print(
-            f"{kind} {name}: {one:.0f} tokens/s by {options.way.name}, native {other:.0f}: {one / other:.2f}",
+            f"{kind} {name}: {one:.0f} tokens/s by {options.way.name}, native {other:.0f}: {one / other:.2f};"
+            f" best rounds {best:.0f}, {rival:.0f}: {best / rival:.2f}",
             flush=True,
         )
 

@@ -121,6 +121,20 @@ def test_greedy_answers_are_the_librarys_own(chat_path: Path, bench: Bench) -> N
         assert answer.completion_tokens == len(expected)
 
 
+def _distant_words() -> list[str]:
+    """4,216 words of three syllables, of which each two differ in two at least; none is another in disorder.
+
+    So a word said wrongly, in a loop or from its middle, as small models do, is no other one.
+    """
+    syllables = [f"{a}{b}" for a in "bdfgklmnprstvz" for b in "aeiou"]
+    size = len(syllables)
+    codes = {(a, b, (a + 3 * b) % size) for a, b in itertools.permutations(range(size), 2)}
+    apart = [
+        code for code in sorted(codes) if len(set(code)) == 3 and codes & {*itertools.permutations(code)} == {code}
+    ]
+    return ["".join(syllables[part] for part in code) for code in apart]
+
+
 def test_no_sequence_ever_sees_anothers_words(model: llama.Model, options: BackendOptions) -> None:
     # A prompt that repeats a word makes the model go on repeating it, so whatever it sees it says. Sequences are mixed,
     # cancelled, kept, shared within a tenant and evicted all the while: the context holds but a few of them.
@@ -128,9 +142,7 @@ def test_no_sequence_ever_sees_anothers_words(model: llama.Model, options: Backe
     chance = random.Random(SEED)
     words: dict[int, str] = {}
     cancelled: set[int] = set()
-    # No syllable twice, and the first one the least: a word said wrongly, in a loop or from its middle is no other one.
-    syllables = [f"{a}{b}" for a in "bdfgklmn" for b in "aeio"]
-    codes = ["".join(parts) for parts in itertools.permutations(syllables, 3) if parts[0] == min(parts)]
+    codes = _distant_words()
     for index, word in enumerate(chance.sample(codes, SEQUENCES)):
         tenant = f"t{index % 3}"
         opening = f"Repeat the code of {tenant} without end, word for word, and say nothing else at all, please. " * 2
