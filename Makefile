@@ -66,10 +66,10 @@ test-host-full: setup ansible ## the same, then every operator verb: restore on 
 	@scripts/test-host full
 
 test-vm-smoke: setup ansible ## a virtual machine boots, AppArmor enforces, a power cut loses nothing (root; minutes)
-	$(BIN)/python -m pytest -s -v tests/vm/test_smoke.py
+	$(BIN)/python -m pytest -s -v -o faulthandler_timeout=7200 tests/vm/test_smoke.py
 
 test-vm: setup ansible ## all that needs a kernel of its own: profiles, limits, pressure, reboot, power cuts, full disk (root)
-	$(BIN)/python -m pytest -s -v tests/vm/test_smoke.py tests/vm
+	$(BIN)/python -m pytest -s -v -o faulthandler_timeout=7200 tests/vm/test_smoke.py tests/vm
 
 bundle: setup ansible ## quern-bundle.tar: all that site.yml installs, for hosts without a connection
 	$(ANSIBLE_VENV)/bin/python scripts/bundle
