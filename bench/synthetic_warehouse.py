@@ -357,23 +357,19 @@ def write(
         generator = Generator(tenant, forms, seed + number, vectors)
         found: dict[str, list[Partition]] = {}
         for period, period_days in periods.items():
-            writers: dict[str, PartitionWriter] = {}
+            made_of: dict[str, list[pa.RecordBatch]] = {}
             for day in period_days:
                 left = int(per_day[number])
                 while left:
                     count = min(left, _CHUNK)
                     left -= count
                     for table, made in generator.batches(day, count).items():
-                        if table not in writers:
-                            # Sorted, as what the ETL publishes of a month is.
-                            writers[table] = PartitionWriter(
-                                root, schema.TABLES[table], tenant, period, generation, sort=True, batch_bytes=1 << 32
-                            )
-                        writers[table].write(made)
-            for table, writer in writers.items():
-                closed = writer.close()
-                if closed is not None:
-                    found.setdefault(table, []).append(closed)
+                        made_of.setdefault(table, []).append(made)
+            for table, batches in made_of.items():
+                # Sorted, as a month is that the ETL has merged.
+                order = [(name, "ascending") for name in schema.TABLES[table].order]
+                listed = pa.Table.from_batches(batches).sort_by(order).combine_chunks().to_batches()
+                found.setdefault(table, []).append(_write(root, table, tenant, period, generation, listed))
         start = datetime(first.year, first.month, first.day, tzinfo=UTC)
         for table, partition in _dimensions(root, generator, start, generation).items():
             found[table] = [partition]

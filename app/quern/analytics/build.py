@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from quern.analytics import extract, schema, source
 from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, Version, audit_rows, job_rows
-from quern.analytics.manifest import Manifest, Partition, is_month
+from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import PartitionWriter
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
 from quern.store.connection import Db, Document
@@ -92,9 +92,7 @@ class Builder:
     ) -> Built:
         """Write the files of the days from `first` to `last`, as those of a period.
 
-        The files of a month's period may be published as they are, so their rows are sorted; those that do not fit in
-        memory get the span's own period instead, and are to be merged. `before`: where rows of jobs are that MongoDB
-        has forgotten.
+        `before`: where rows of jobs are that MongoDB has forgotten.
 
         Raises:
             PyMongoError: MongoDB is away, or the snapshot is too old; build it again.
@@ -103,10 +101,9 @@ class Builder:
         with ExitStack() as stack:
             session = stack.enter_context(source.snapshot(self._db))
             reader = source.SpanReader(self._db, session, tenant, first, last)
-            sort = is_month(period)
             writers = {
                 name: stack.enter_context(
-                    PartitionWriter(self._warehouse, schema.TABLES[name], tenant, period, generation, sort=sort)
+                    PartitionWriter(self._warehouse, schema.TABLES[name], tenant, period, generation)
                 )
                 for name in _FACTS
             }
@@ -119,13 +116,11 @@ class Builder:
             explained = self._write_responses(reader, writers, extracts[:1], tallies, sample)
             self._write_audit(reader, writers, extracts[1:], tallies)
             partitions = {name: made for name, writer in writers.items() if (made := writer.close()) is not None}
-            if sort and not all(writer.sorted for writer in writers.values()):
-                spanned = f"{first}_{last}"
-                partitions = {name: replace(made, period=spanned) for name, made in partitions.items()}
             if "fact_response" in partitions:
                 partitions["fact_response"] = replace(partitions["fact_response"], explained=explained)
             carried = self._carry_jobs(partitions, tenant, days, period, generation, before, today)
-            problems = self._read_again(reader, tallies)
+            problems: dict[date, list[str]] = {day: [] for day in days}
+            problems[first] += self._miscounted(reader, tallies)
             documents = sum(tally.responses + tally.audit + tally.jobs for tally in tallies.values())
             for day, (rows, attempts) in carried.items():
                 tallies[day].jobs += rows
@@ -140,16 +135,13 @@ class Builder:
         problems = {day: listed for day, listed in problems.items() if listed}
         return Built(tenant, first, last, partitions, tallies, problems, documents)
 
-    def _read_again(self, reader: source.SpanReader, tallies: dict[date, Tally]) -> dict[date, list[str]]:
-        """Put the second reading's counts and hashes into the tallies; what differs from the first by day."""
-        problems: dict[date, list[str]] = {}
-        responses = reader.count_responses([tally.responses for tally in tallies.values()])
-        audit = reader.count_audit([tally.audit for tally in tallies.values()])
-        for (day, tally), stored, entries in zip(tallies.items(), responses, audit, strict=True):
-            first = ((tally.responses, tally.response_hash), (tally.audit, tally.audit_hash))
-            problems[day] = ["two readings of one moment differ"] if first != (stored, entries) else []
-            (tally.responses, tally.response_hash), (tally.audit, tally.audit_hash) = stored, entries
-        return problems
+    def _miscounted(self, reader: source.SpanReader, tallies: dict[date, Tally]) -> list[str]:
+        """Whether another number of documents was read than MongoDB's indexes have at this moment."""
+        return [
+            f"{name}: {found} were read, {stored} are in MongoDB's index"
+            for name, stored in reader.counts().items()
+            if (found := sum(getattr(tally, name) for tally in tallies.values())) != stored
+        ]
 
     def _write_responses(
         self,
@@ -177,9 +169,9 @@ class Builder:
                 tally = tallies[part.day]
                 for document, digest in zip(part.documents, part.digests, strict=True):
                     flattener.add(document, self._versions.get(document["form"], document["version"]), digest)
-                    tally.add_document(document)
-                    sample.offer(part.day, document, digest)
                     working[document["_id"]] = {name: document[name] for name in RESPONSE_OF_JOB}
+                tally.add_documents(part.documents)
+                sample.offer(part)
                 tally.responses += len(part.documents)
                 tally.response_hash = source.signed(tally.response_hash + sum(part.digests))
                 for file in extracts:
@@ -197,14 +189,15 @@ class Builder:
         tallies: dict[date, Tally],
         responses: dict[str, Document],
     ) -> None:
-        jobs = reader.jobs(list(responses))
+        count = reader.count_jobs(list(responses))
+        jobs = reader.jobs(list(responses)) if count else []
         if jobs:
             writer.write(job_rows(jobs, responses))
         for job in jobs:
             day = responses[job["subject"]]["created"].date()
             tallies[day].jobs += 1
             tallies[day].attempts += job["attempt"]
-        if len(jobs) != (count := reader.count_jobs(list(responses))):
+        if len(jobs) != count:
             # Fewer or more than the index has: no day may be published with them.
             last = next(reversed(responses.values()))
             tallies[last["created"].date()].jobs += count - len(jobs)
@@ -302,11 +295,13 @@ class Sample:
         self._kept: list[tuple[int, str, date, dict[tuple[str, str, str], Any]]] = []
         self._found: list[dict[str, Any]] = []
 
-    def offer(self, day: date, document: Document, digest: int) -> None:
-        if len(self._kept) < self._size:
-            heapq.heappush(self._kept, (-digest, document["_id"], day, leaves_of(document)))
-        elif -digest > self._kept[0][0]:
-            heapq.heapreplace(self._kept, (-digest, document["_id"], day, leaves_of(document)))
+    def offer(self, part: source.DayChunk) -> None:
+        """Keep those of a day's documents whose hashes are among the smallest."""
+        for document, digest in zip(part.documents, part.digests, strict=True):
+            if len(self._kept) < self._size:
+                heapq.heappush(self._kept, (-digest, document["_id"], part.day, leaves_of(document)))
+            elif -digest > self._kept[0][0]:
+                heapq.heapreplace(self._kept, (-digest, document["_id"], part.day, leaves_of(document)))
 
     @property
     def responses(self) -> list[str]:

@@ -5,6 +5,7 @@ at once are one: the second finds the lock taken.
 """
 
 import fcntl
+import gc
 import logging
 import os
 import time
@@ -46,8 +47,12 @@ _LOCK: Final = ".lock"
 _READ_AGAIN: Final = frozenset({239, 246, 43})
 _TRIES: Final = 30
 _SAVE_EVERY: Final = 5.0
-#: Documents of days that are built together.
-_TOGETHER: Final = 20_000
+#: Documents of days that are built together: some ten seconds of work, as a snapshot of MongoDB must not grow old.
+_TOGETHER: Final = 200_000
+#: Documents of days that nobody asked for that are built with those before and after them.
+_BETWEEN: Final = 2000
+#: New objects between two looks for cycles of garbage. Documents make none, and the looks cost a tenth of a run.
+_COLLECT_AFTER: Final = 200_000
 #: Problems that a report quotes.
 _QUOTED: Final = 100
 
@@ -150,7 +155,7 @@ class Etl:
             BusyError: another run is at it. MismatchError: what was built is not what MongoDB holds.
             PyMongoError: MongoDB stayed away; the next run goes on.
         """
-        with self._locked():
+        with self._locked(), _seldom_collecting():
             began, report = time.monotonic(), Report(started=clock.now())
             try:
                 self._run(report, asked, everything)
@@ -325,7 +330,6 @@ class Etl:
                 continue
             self._pause()
             stored = source.days(self._db, tenant, days[0], days[-1] + timedelta(days=1)) if len(days) > 1 else {}
-            # The days between that were not asked for as well: they are few documents.
             spans = list(_together(days, stored))
             for first, last in spans:
                 yield tenant, first, last, month if len(spans) == 1 else f"{first}_{last}"
@@ -351,11 +355,12 @@ class Etl:
         """
         with self._locked():
             manifest = load_or_empty(self.root)
+            if self._settings.extract is not None:
+                # Not in a run, which goes on with the days that a killed one was writing: this looks at every day.
+                warehouse.clean_extract(self._settings.extract)
             return self._prune(manifest, Work.resume(manifest))
 
     def _prune(self, manifest: Manifest, work: Work | None) -> int:
-        if self._settings.extract is not None:
-            warehouse.clean_extract(self._settings.extract)
         return warehouse.prune(self.root, manifest, work, keep=self._keep, now=clock.now())
 
     @contextmanager
@@ -375,14 +380,29 @@ class Etl:
             os.close(handle)
 
 
+@contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def _together(days: list[date], stored: dict[date, int]) -> Iterator[tuple[date, date]]:
-    """Spans from the first of `days` to the last, each with _TOGETHER documents at most, or a single day."""
+    """Spans from the first of `days` to the last, each with _TOGETHER documents at most, or a single day.
+
+    The days between two that were asked for are built as well where they have at most _BETWEEN documents.
+    """
     first = last = days[0]
     size = stored.get(first, 0)
     for day in days[1:]:
-        between = [last + timedelta(days=number) for number in range(1, (day - last).days + 1)]
-        more = sum(stored.get(item, 0) for item in between)
-        if size + more > _TOGETHER:
+        between = sum(stored.get(last + timedelta(days=number), 0) for number in range(1, (day - last).days))
+        more = between + stored.get(day, 0)
+        if size + more > _TOGETHER or between > _BETWEEN:
             yield first, last
             first, size = day, stored.get(day, 0)
         else:

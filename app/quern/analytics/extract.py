@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from quern.analytics.flatten import to_json
 from quern.analytics.manifest import safe
-from quern.analytics.partition import open_writer
 from quern.analytics.source import Chunk, DayChunk
 
 Compression = Literal["zstd", "gzip", "none"]
@@ -103,6 +102,7 @@ class _DayWriter:
         self._stale = [directory / f"{name}.jsonl{suffix}" for suffix in _SUFFIX.values()]
         self._line_file: Any = None
         self._table_file: pq.ParquetWriter | None = None
+        self._written = False
         self._rows: dict[str, list[Any]] = {}
         """What is written of the Parquet file with the next batch."""
 
@@ -114,8 +114,9 @@ class _DayWriter:
         if self._table_file is None:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._line_file = _open_lines(_temporary(self._lines), self._compression)
-            self._table_file = open_writer(_temporary(self._parquet), self._columns)
+            self._table_file = _open_table(_temporary(self._parquet), self._columns)
             self._rows = {name: [] for name in self._columns.names}
+            self._written = True
         rows = [{"id": document["_id"], **document} for document in chunk.documents]
         for name in self._columns.names:
             if name == "hash":
@@ -153,10 +154,13 @@ class _DayWriter:
     def replace(self) -> None:
         kept = []
         for path in (self._lines, self._parquet):
-            if _temporary(path).exists():
+            if self._written:
                 _temporary(path).chmod(0o640)
                 _temporary(path).replace(path)
                 kept.append(path)
+            else:
+                # Of a run that was killed.
+                _temporary(path).unlink(missing_ok=True)
         for path in {*self._stale, self._parquet} - set(kept):
             path.unlink(missing_ok=True)
         for folder in (self._directory, self._directory.parent):
@@ -171,6 +175,19 @@ def _open_lines(path: Path, compression: Compression) -> Any:
     if compression == "none":
         return path.open("wb")
     return pa.CompressedOutputStream(str(path), compression)
+
+
+def _open_table(path: Path, columns: pa.Schema) -> pq.ParquetWriter:
+    """Days are many and their files small: only what is long is compressed, and only moments have statistics."""
+    return pq.ParquetWriter(
+        path,
+        columns,
+        compression={name: "zstd" if name in _NESTED else "none" for name in columns.names},
+        version="2.6",
+        use_dictionary=["tenant", "form", "status", "actor", "action"],
+        write_statistics=["created", "at"],
+        store_schema=False,
+    )
 
 
 def _temporary(path: Path) -> Path:

@@ -98,18 +98,19 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
     with source.snapshot(db) as session:
         reader = source.SpanReader(db, session, tenant, day, day)
         for chunk in reader.responses():
-            for document, digest in zip(chunk.documents, chunk.digests, strict=True):
-                stored.responses += 1
-                stored.response_hash = source.signed(stored.response_hash + digest)
-                stored.add_document(document)
-                sample.offer(day, document, digest)
-                ids.append(document["_id"])
+            stored.responses += len(chunk.documents)
+            stored.response_hash = source.signed(stored.response_hash + sum(chunk.digests))
+            stored.add_documents(chunk.documents)
+            sample.offer(source.DayChunk(chunk.documents, chunk.digests, day))
+            ids += [document["_id"] for document in chunk.documents]
         for first in range(0, len(ids), source.BATCH):
             for job in reader.jobs(ids[first : first + source.BATCH]):
                 kept_jobs.add(job["_id"])
                 stored.jobs += 1
                 stored.attempts += job["attempt"]
-        ((stored.audit, stored.audit_hash),) = reader.count_audit()
+        for chunk in reader.audit():
+            stored.audit += len(chunk.documents)
+            stored.audit_hash = source.signed(stored.audit_hash + sum(chunk.digests))
     there = Tally()
     files = {table: manifest.files(table, tenant, day, day + timedelta(days=1)) for table in _FACTS}
     for table, paths in files.items():

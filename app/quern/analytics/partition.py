@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from quern.analytics.manifest import Partition, safe
 from quern.analytics.schema import Table
 
-#: Rows of a row group: what a reader decodes at once, and so what a writer holds at once.
+#: Rows of a row group: what a reader decodes at once.
 ROW_GROUP: Final = 122_880
 #: Bytes that a writer holds at most, unless it is told otherwise.
 BATCH_BYTES = 32 << 20
@@ -23,10 +23,8 @@ _HASH_CHUNK: Final = 1 << 20
 class PartitionWriter:
     """Writes batches of a table's rows into one file of the warehouse. A writer left by an exception leaves nothing.
 
-    Batches are gathered until ROW_GROUP rows or `batch_bytes` bytes (None: BATCH_BYTES), so that memory does not grow
-    with the rows, and put in the order of the columns that are constant in each of them (`Table.constant`), else as
-    they came: in time. With `sort` they are gathered until the end; rows of more than `batch_bytes` bytes are not: then
-    `sorted` is false.
+    Batches are gathered up to `batch_bytes` bytes (None: BATCH_BYTES), so that memory does not grow with the rows, and
+    then written in the order of the columns that are constant in each of them (`Table.constant`), else as they came.
     """
 
     def __init__(
@@ -38,10 +36,8 @@ class PartitionWriter:
         generation: int,
         *,
         batch_bytes: int | None = None,
-        sort: bool = False,
     ) -> None:
         self._table, self._period, self._limit = table, period, batch_bytes or BATCH_BYTES
-        self.sorted = sort
         # The random part: a run that was killed may have left a file of this generation.
         self._path = f"tenants/{safe(tenant)}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"
         self._final = root / self._path
@@ -49,7 +45,7 @@ class PartitionWriter:
         self._schema = table.arrow
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
-        self._waiting_rows = self._waiting_bytes = 0
+        self._waiting_bytes = 0
         self._held: set[int] = set()
         """Addresses of the memory that the waiting batches have."""
         self.rows = 0
@@ -68,21 +64,20 @@ class PartitionWriter:
         if not batch.num_rows:
             return
         self._waiting.append(batch)
-        self._waiting_rows += batch.num_rows
         self._waiting_bytes += self._new_bytes(batch)
         self.rows += batch.num_rows
-        if self._waiting_bytes >= self._limit or (not self.sorted and self._waiting_rows >= ROW_GROUP):
-            self.sorted = False
+        if self._waiting_bytes >= self._limit:
             self._flush()
 
     def _new_bytes(self, batch: pa.RecordBatch) -> int:
         """What holding the batch costs: batches share the memory of what their rows have in common."""
         found = 0
         for column in batch.columns:
-            for buffer in column.buffers():
-                if buffer is not None and buffer.address not in self._held:
-                    self._held.add(buffer.address)
-                    found += buffer.size
+            # The last of a column's buffers has its values; the others are small beside it.
+            buffer = column.buffers()[-1]
+            if buffer is not None and buffer.address not in self._held:
+                self._held.add(buffer.address)
+                found += buffer.size
         return found
 
     def _place(self, batch: pa.RecordBatch) -> tuple[str, ...]:
@@ -97,12 +92,10 @@ class PartitionWriter:
             self._schema = self._waiting[0].schema
             self._writer = open_writer(self._temporary, self._schema)
         rows = pa.Table.from_batches(sorted(self._waiting, key=self._place), self._schema).unify_dictionaries()
-        if self.sorted and not self._table.constant:
-            rows = rows.sort_by([(name, "ascending") for name in self._table.order])
         self._writer.write_table(rows, row_group_size=ROW_GROUP)
         self._waiting = []
         self._held = set()
-        self._waiting_rows = self._waiting_bytes = 0
+        self._waiting_bytes = 0
 
     def close(self) -> Partition | None:
         """Finish the file and name it; None when there was no row, and so no file. Publication makes it durable."""
@@ -130,14 +123,19 @@ def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         compression_level=1,
         version="2.6",
         data_page_version="1.0",
-        # Identifiers hardly repeat: a dictionary of them costs time and gives nothing.
+        # Identifiers and moments hardly repeat: a dictionary of them costs time and gives nothing.
         use_dictionary=[name for name in schema.names if name not in _NO_DICTIONARY],
         write_statistics=True,
         store_schema=False,
     )
 
 
-_NO_DICTIONARY: Final = frozenset({"response", "job", "entry", "hash", "vector", "answers", "results", "request_id"})
+_NO_DICTIONARY: Final = frozenset(
+    {
+        *("response", "job", "entry", "hash", "vector", "request_id", "respondent", "subject"),
+        *("created", "processed", "processing_seconds", "at", "due", "started", "ended", "wait_seconds", "run_seconds"),
+    }
+)
 
 
 def finish(temporary: Path, final: Path, path: str, period: str, rows: int) -> Partition:

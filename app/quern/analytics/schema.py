@@ -51,9 +51,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table. `grain`: what one row stands for. `order`: the columns that compacted partitions are sorted by.
+    """One table. `grain`: what one row stands for. `order`: the columns that merged partitions are sorted by.
 
-    A month that was built at once is sorted by the first `constant` of them, and by time within these.
+    What was written without a merge is sorted by the first `constant` of them and by time within these, as much at
+    once as a writer holds in memory.
     """
 
     name: str

@@ -5,7 +5,7 @@ flattening that it judges: it knows no form, no kind of field and no column.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import date, timedelta
 from typing import Any
@@ -40,16 +40,15 @@ class Leaves:
 
     def add(self, value: Any) -> None:
         """Count every value in a JSON value."""
-        rows = characters = texts = true = 0
-        numbers = size = 0.0
+        texts: list[str] = []
+        numbers: list[float] = []
+        rows = true = 0
         left = [value]
         while left:
             one = left.pop()
             kind = type(one)
             if kind is str:
-                rows += 1
-                characters += len(one)
-                texts += crc32(one.encode())
+                texts.append(one)
             elif kind is dict:
                 left += one.values()
             elif kind is list:
@@ -57,17 +56,16 @@ class Leaves:
             elif kind is bool:
                 rows += 1
                 true += one
+            elif isinstance(one, int | float):
+                numbers.append(one)
             elif one is not None:
                 rows += 1
-                if isinstance(one, int | float):
-                    numbers += one
-                    size += abs(one)
-        self.rows += rows
-        self.characters += characters
-        self.texts += texts
+        self.rows += rows + len(texts) + len(numbers)
+        self.characters += sum(map(len, texts))
+        self.texts += sum(map(crc32, map(str.encode, texts)))
         self.true += true
-        self.numbers += numbers
-        self.size += size
+        self.numbers += sum(numbers)
+        self.size += sum(map(abs, numbers))
 
     def differences(self, other: "Leaves", name: str) -> list[str]:
         found = [
@@ -100,15 +98,18 @@ class Tally:
     answers: Leaves = field(default_factory=Leaves)
     results: Leaves = field(default_factory=Leaves)
 
-    def add_document(self, document: Document) -> None:
-        """Count the values of one response document."""
-        self.answers.add(document.get("answers"))
-        results = list((document.get("results") or {}).values())
-        for place, result in enumerate(results):
-            if isinstance(result, dict) and isinstance(result.get("vector"), list):
-                self.vectors += 1
-                results[place] = {name: value for name, value in result.items() if name != "vector"}
-        self.results.add(results)
+    def add_documents(self, documents: Sequence[Document]) -> None:
+        """Count the values of some response documents."""
+        self.answers.add([document.get("answers") for document in documents])
+        found: list[Any] = []
+        for document in documents:
+            for result in (document.get("results") or {}).values():
+                if isinstance(result, dict) and isinstance(result.get("vector"), list):
+                    self.vectors += 1
+                    found.append({name: value for name, value in result.items() if name != "vector"})
+                else:
+                    found.append(result)
+        self.results.add(found)
 
     def flat(self) -> dict[str, int | float | str]:
         """Every figure by name. Hashes as text: a reader of JSON may have no 64-bit integers. Sums to nine digits."""

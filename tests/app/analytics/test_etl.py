@@ -11,7 +11,7 @@ import pytest
 
 from quern.analytics import etl, partition
 from quern.analytics.etl import BusyError, MismatchError, Range
-from quern.analytics.manifest import NAME, Manifest, NoWarehouseError, Partition
+from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
 from quern.analytics.schema import FACT_ANSWER
 from quern.analytics.shred import Column, Stripe, shred
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
@@ -88,26 +88,48 @@ def test_days_are_built_together_only_as_long_as_they_are_small(desk: Desk, monk
     assert extracted == ["2026-03-01", "2026-03-02", "2026-03-05", "2026-03-09", "2026-03-20"]
 
 
-def test_rows_that_do_not_fit_in_memory_are_sorted_by_the_merge(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_fit_in_memory_are_written_in_parts_and_sorted_by_a_merge(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(partition, "BATCH_BYTES", 2000)
-    sorted_at_once: list[bool] = []
-    close = partition.PartitionWriter.close
-
-    def noting(writer: partition.PartitionWriter) -> Partition | None:
-        made = close(writer)
-        if made is not None and "/fact_answer/" in made.path:
-            sorted_at_once.append(writer.sorted)
-        return made
-
-    monkeypatch.setattr(partition.PartitionWriter, "close", noting)
     for number in range(1, 20):
         desk.submit(moment(date(2026, 3, number)), {"sector": "health", "comment": "x" * 500})
     desk.run()
+    (path,) = desk.manifest.files("fact_answer", desk.tenant)
+    assert pq.read_metadata(path).num_row_groups > 1
+    assert desk.holds()
+    desk.submit(moment("2026-03-02"), {"sector": "retail"})
+    desk.run()
     assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
-    assert set(sorted_at_once) == {False}
     (path,) = desk.manifest.files("fact_answer", desk.tenant)
     keys = [tuple(row[name] for name in FACT_ANSWER.order) for row in pq.read_table(path).to_pylist()]
     assert keys == sorted(keys)
+    assert desk.holds()
+
+
+def test_a_month_that_is_built_at_once_is_in_the_order_of_its_paths(desk: Desk) -> None:
+    for number in range(1, 20):
+        desk.submit(
+            moment(date(2026, 3, number)), {"sector": "health", "comment": "fine", "topics": ["speed", "price"]}
+        )
+    desk.run()
+    (path,) = desk.manifest.files("fact_answer", desk.tenant)
+    rows = pq.read_table(path).to_pylist()
+    keys = [tuple(row[name] for name in FACT_ANSWER.order[:4]) for row in rows]
+    assert len({key[2] for key in keys}) == 3
+    assert keys == sorted(keys)
+
+
+def test_a_late_response_rewrites_its_own_days_and_not_those_between(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etl, "_BETWEEN", 2)
+    for number in range(1, 20):
+        desk.submit(moment(date(2026, 3, number)), {"code": str(number)})
+    of_each = desk.run().documents // 19
+    for number in (3, 4, 17):
+        desk.submit(moment(date(2026, 3, number)), {"code": "late"})
+    assert desk.run().documents == of_each * (2 + 2 + 2)
     assert desk.holds()
 
 

@@ -151,7 +151,7 @@ def test_nothing_is_lost_whatever_the_shape(answers: dict[str, Any], results: di
     for table, batch in flattener.batches():
         add_rows({document["created"].date(): there}, table.name, batch)
         rows += batch.to_pylist() if table is schema.FACT_ANSWER else []
-    stored.add_document(document)
+    stored.add_documents([document])
     if not any("vector" in result for result in results.values() if isinstance(result, dict)):
         assert stored.differences(there) == []
     wanted = {key: float(value) if type(value) is int else value for key, value in leaves_of(document).items()}
@@ -160,8 +160,8 @@ def test_nothing_is_lost_whatever_the_shape(answers: dict[str, Any], results: di
 
 def test_a_tally_sees_one_changed_letter() -> None:
     one, other = Tally(), Tally()
-    one.add_document(_document({"code": "abc"}))
-    other.add_document(_document({"code": "abd"}))
+    one.add_documents([_document({"code": "abc"})])
+    other.add_documents([_document({"code": "abd"})])
     assert one.differences(other)
 
 
