@@ -72,12 +72,14 @@ class DuckDbDialect(Dialect):
 class DuckDbEngine:
     """One database in memory that owns nothing: every statement reads Parquet files of the warehouse.
 
-    The process may read files under `root` only, and the settings are locked, whatever a statement says.
+    It is opened by the first statement: until somebody asks, it is not worth its memory. The process may then read
+    files under `root` only, and the settings are locked, whatever a statement says.
     """
 
     def __init__(self, root: Path, *, threads: int, memory_megabytes: int, spill: Path | None = None) -> None:
         self._dialect = DuckDbDialect()
-        config: dict[str, str | bool | int | float | list[str]] = {
+        self._root = root
+        self._config: dict[str, str | bool | int | float | list[str]] = {
             "threads": str(threads),
             "memory_limit": f"{memory_megabytes}MB",
             "temp_directory": str(spill) if spill else "",
@@ -86,12 +88,24 @@ class DuckDbEngine:
             "allow_community_extensions": "false",
             "preserve_insertion_order": "false",
         }
-        self._database = duckdb.connect(":memory:", config=config)
+        self._opening = threading.Lock()
+        self._opened: duckdb.DuckDBPyConnection | None = None
+
+    @property
+    def _database(self) -> duckdb.DuckDBPyConnection:
+        with self._opening:
+            if self._opened is None:
+                self._opened = self._open()
+            return self._opened
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        database = duckdb.connect(":memory:", config=self._config)
         # Files never change, and a path is never used again: what was read of one once holds.
-        self._database.execute("SET parquet_metadata_cache = true")
-        self._database.execute(f"SET allowed_directories = [{quote(str(root.resolve()) + '/')}]")
-        self._database.execute("SET enable_external_access = false")
-        self._database.execute("SET lock_configuration = true")
+        database.execute("SET parquet_metadata_cache = true")
+        database.execute(f"SET allowed_directories = [{quote(str(self._root.resolve()) + '/')}]")
+        database.execute("SET enable_external_access = false")
+        database.execute("SET lock_configuration = true")
+        return database
 
     @property
     def dialect(self) -> Dialect:
@@ -118,7 +132,9 @@ class DuckDbEngine:
         return shaped(found, statement.shape)
 
     def close(self) -> None:
-        self._database.close()
+        with self._opening:
+            if self._opened is not None:
+                self._opened.close()
 
 
 def _first_line(error: duckdb.Error) -> str:

@@ -4,8 +4,6 @@ import io
 from typing import Final, Literal
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from quern.analytics.answer import Answer
 
@@ -24,6 +22,8 @@ def render(answer: Answer, form: Format) -> bytes:
     table = answer.table.replace_schema_metadata({"freshness": answer.freshness.model_dump_json()})
     sink = pa.BufferOutputStream()
     if form == "parquet":
+        import pyarrow.parquet
+
         pyarrow.parquet.write_table(table, sink, compression="zstd")
     elif form == "arrow":
         with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -35,6 +35,8 @@ def render(answer: Answer, form: Format) -> bytes:
 
 
 def _csv(table: pa.Table) -> bytes:
+    import pyarrow.csv
+
     sink = io.BytesIO()
     pyarrow.csv.write_csv(_harmless(table), sink)
     return sink.getvalue()
