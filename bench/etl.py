@@ -6,8 +6,8 @@
     python bench/etl.py api  --responses 100000     # p99 of the API, idle and while the ETL runs
 
 The bare peer reads every collection with `find()` and writes each with `pyarrow.Table.from_pylist` to one Parquet
-file, 5,000 documents at a time. The ETL's rate counts the same documents (responses, audit entries, jobs), each once,
-though it reads responses and audit entries twice to compare them, and writes JSONL, Parquet and the star schema.
+file, 5,000 documents at a time. The ETL's rate counts the same documents (responses, audit entries, jobs); it writes
+JSONL, Parquet and the star schema, reads them back and compares.
 """
 
 import argparse

@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quern.analytics import extract, schema, source
-from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, Version, audit_rows, job_rows
+from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, audit_rows, job_rows
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import PartitionWriter
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
+from quern.analytics.version import Version
 from quern.store.connection import Db, Document
 
 #: Documents for each day that are compared field by field: those with the smallest hashes, so any may be chosen.

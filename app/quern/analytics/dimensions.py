@@ -6,8 +6,8 @@ from typing import Any, Final
 import pyarrow as pa
 
 from quern.analytics import calendar, schema, source
-from quern.analytics.flatten import Leaf, Version
 from quern.analytics.partition import batch
+from quern.analytics.version import Leaf, Version
 from quern.store.connection import Db, Document
 
 #: Actors of the audit log that are no API key.

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quern.analytics import schema
-from quern.analytics.flatten import Flattener, Version, to_json
+from quern.analytics.flatten import Flattener, to_json
 from quern.analytics.tally import Tally, add_rows, leaves_of, rows_as_leaves
+from quern.analytics.version import Version
 from quern.forms.fields import MAX_FIELDS
 from tests.app.analytics.desk import FIELDS, RESULTS, STEPS, Desk, moment
 
@@ -156,6 +157,43 @@ def test_nothing_is_lost_whatever_the_shape(answers: dict[str, Any], results: di
         assert stored.differences(there) == []
     wanted = {key: float(value) if type(value) is int else value for key, value in leaves_of(document).items()}
     assert rows_as_leaves(rows) == wanted
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(made=st.lists(st.tuples(_TREES, _TREES), min_size=2, max_size=6))
+def test_documents_together_give_the_rows_that_each_gives_alone(
+    made: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    documents = [{**_document(*trees), "_id": f"rsp_{number}"} for number, trees in enumerate(made)]
+    together = Flattener()
+    found: dict[str, list[str]] = {"fact_response": [], "fact_answer": []}
+    alone: dict[str, list[str]] = {"fact_response": [], "fact_answer": []}
+    for document in documents:
+        together.add(document, _VERSION, 1)
+        single = Flattener()
+        single.add(document, _VERSION, 1)
+        for table, rows in single.batches():
+            alone.setdefault(table.name, []).extend(map(repr, rows.to_pylist()))
+    for table, rows in together.batches():
+        found.setdefault(table.name, []).extend(map(repr, rows.to_pylist()))
+    assert {name: sorted(rows) for name, rows in found.items()} == {name: sorted(rows) for name, rows in alone.items()}
+
+
+def test_names_that_hardly_repeat_are_flattened_as_well() -> None:
+    flattener = Flattener()
+    for number in range(300):
+        flattener.add(
+            {**_document({f"only_{number}": [number, {"a": str(number)}]}), "_id": f"rsp_{number}"}, _VERSION, 1
+        )
+    rows = [row for table, rows in flattener.batches() if table is schema.FACT_ANSWER for row in rows.to_pylist()]
+    assert {(row["response"], row["path"], row["item"], row["value_text"], row["value_number"]) for row in rows} == {
+        found
+        for number in range(300)
+        for found in (
+            (f"rsp_{number}", f"only_{number}", "0", None, float(number)),
+            (f"rsp_{number}", f"only_{number}.a", "1", str(number), None),
+        )
+    }
 
 
 def test_a_tally_sees_one_changed_letter() -> None:

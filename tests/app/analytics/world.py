@@ -10,9 +10,10 @@ import orjson
 import pyarrow as pa
 
 from quern.analytics import schema
-from quern.analytics.flatten import Flattener, Version, audit_rows, job_rows
+from quern.analytics.flatten import Flattener, audit_rows, job_rows
 from quern.analytics.manifest import ALL, Manifest, Source
 from quern.analytics.partition import PartitionWriter, batch
+from quern.analytics.version import Version
 from quern.store import identifier
 
 TENANTS = [identifier.derived("ten", "world", str(number)) for number in range(2)]
