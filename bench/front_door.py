@@ -2,8 +2,8 @@
 
 Both are driven by `wrk` with the same requests; the front door is the role's (roles/nginx as tests/waf renders it, from
 Debian's packages). `--waf none` and `--waf detect` show what the firewall costs. The API listens on loopback, as wrk
-speaks no UNIX sockets; nginx reaches it there too. The processor time of all processes but wrk, a request, tells the
-ratio on a machine that does nothing else, however busy it is.
+speaks no UNIX sockets; nginx reaches it there too. The processor time of a request, nginx's and that of all others but
+wrk, tells the ratio on a machine that does nothing else, however busy it is.
 
     .venv/bin/python bench/front_door.py --seconds 6 --rounds 3
 """
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,21 +126,28 @@ def main() -> None:
         places = {"socket": f"http://127.0.0.1:{port}", "front door": f"https://127.0.0.1:{door.port}"}
         for kind, (path, body) in kinds.items():
             found: dict[str, list[tuple[float, str]]] = {name: [] for name in places}
-            cost: dict[str, float] = dict.fromkeys(places, 0.0)
+            spent: dict[str, dict[str, float]] = {name: defaultdict(float) for name in places}
+            answered = dict.fromkeys(places, 0.0)
             for _ in range(arguments.rounds):
                 for name, base in places.items():
-                    before = sum(processor_seconds().values())
+                    before = processor_seconds()
                     rate, tail = drive(base + path, key, body, arguments.clients, arguments.seconds, folder)
-                    spent = sum(processor_seconds().values()) - before
-                    cost[name] += 1000 * spent / (rate * arguments.seconds) / arguments.rounds
+                    for command, seconds in processor_seconds().items():
+                        part = "nginx" if command == "nginx" else "API and database"
+                        spent[name][part] += 1000 * (seconds - before.get(command, 0.0))
+                    answered[name] += rate * arguments.seconds
                     found[name].append((rate, tail))
             pairs = zip(found["front door"], found["socket"], strict=True)
             ratios = [through[0] / direct[0] for through, direct in pairs]
             for name, figures in found.items():
                 rates = ", ".join(f"{rate:.0f}" for rate, _ in figures)
                 print(f"{kind}, {name}: {rates} requests/s; p99 {', '.join(tail for _, tail in figures)}")
-            print(f"{kind}: processor {cost['socket']:.2f} and {cost['front door']:.2f} ms a request", end="; ")
-            print(f"their ratio {cost['socket'] / cost['front door']:.2f}")
+            cost = {name: {part: ms / answered[name] for part, ms in parts.items()} for name, parts in spent.items()}
+            for name, parts in cost.items():
+                shown = ", ".join(f"{part} {ms:.2f}" for part, ms in sorted(parts.items()))
+                print(f"{kind}, {name}: processor, ms a request: {shown}")
+            own, before_it = cost["socket"]["API and database"], cost["front door"]["nginx"]
+            print(f"{kind}: by processor time: {own / (own + before_it):.2f}")
             print(f"{kind}: ratio {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
     shutil.rmtree(folder)
 

@@ -108,7 +108,12 @@ class FrontDoor(ChildProcess):
         if os.geteuid() == 0:
             # Workers of another account could not reach the sockets.
             configuration.write_text("user root;\n" + configuration.read_text())
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
+        # The second is the unit's.
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": str(libraries),
+            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000",
+        }
         command = [str(root / "usr/sbin/nginx"), "-p", str(directory), "-e", "stderr", "-c", str(configuration)]
         checked = subprocess.run([*command, "-q", "-t"], env=environment, capture_output=True, text=True, check=False)
         if checked.returncode:
