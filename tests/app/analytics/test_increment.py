@@ -58,16 +58,31 @@ class _Commands(monitoring.CommandListener):
         self.counts["failed"] += 1
 
 
-def _of_a_day(desk: Desk, mongod: Mongod) -> tuple[Counter[str], Counter[str], int]:
-    """What a run touches after three responses of yesterday."""
+@contextmanager
+def _examined(desk: Desk) -> Iterator[list[int]]:
+    """Index keys and documents that the server looks at for the collections that grow."""
+    found: list[int] = []
+    desk.db.command("profile", 2)
+    try:
+        yield found
+    finally:
+        desk.db.command("profile", 0)
+        ours = [f"{desk.db.name}.{name}" for name in ("responses", "audit", "jobs")]
+        rows = list(desk.db["system.profile"].find({"ns": {"$in": ours}}))
+        found.append(sum(row.get("keysExamined", 0) + row.get("docsExamined", 0) for row in rows))
+        desk.db["system.profile"].drop()
+
+
+def _of_a_day(desk: Desk, mongod: Mongod) -> tuple[Counter[str], Counter[str], int, int]:
+    """What a run touches after three responses of yesterday: files, commands, documents sent, looked at."""
     for number in range(3):
         desk.finish(desk.submit(moment(yesterday(), hour=number), {"sector": "health", "code": "new"}), RESULTS)
     commands = _Commands()
     watched = MongoClient[dict[str, Any]](mongod.uri, tz_aware=True, event_listeners=[commands])
-    with watched as client, _touches(desk.root) as files:
+    with watched as client, _touches(desk.root) as files, _examined(desk) as examined:
         Etl(client[desk.db.name], desk.settings).run()
     assert desk.holds()
-    return files, commands.counts, commands.documents
+    return files, commands.counts, commands.documents, examined[0]
 
 
 def test_what_a_day_touches_does_not_grow_with_what_is_stored(desk: Desk, mongod: Mongod) -> None:
@@ -79,11 +94,12 @@ def test_what_a_day_touches_does_not_grow_with_what_is_stored(desk: Desk, mongod
     desk.run()
     _of_a_day(desk, mongod)
     few = _of_a_day(desk, mongod)
-    for number in range(100):
-        desk.submit(moment(first + timedelta(days=number)), {"sector": "retail"})
+    for number in range(200):
+        desk.submit(moment(first + timedelta(days=number % 100)), {"sector": "retail"})
     desk.run()
     many = _of_a_day(desk, mongod)
     assert few[0]["open"] and few[0]["os.scandir"] and few[1]["find"]
     assert many[:2] == few[:2]
     # Those of the day itself: three more than before, and their audit entries and jobs.
     assert few[2] < many[2] < few[2] + 40
+    assert few[3] < many[3] < few[3] + 150
