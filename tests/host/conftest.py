@@ -71,7 +71,9 @@ def connect(place: Place) -> Host:
     # One connection for all commands: the host takes only so many new ones a minute.
     shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={place.folder}/ssh-%C"
     options = f"-o UserKnownHostsFile={place.known_hosts} {shared}"
-    return testinfra.get_host(f"ssh://root@{place.address}", ssh_identity_file=str(place.key), ssh_extra_args=options)
+    # A starved machine takes longer than testinfra's ten seconds to let somebody in.
+    where = f"ssh://root@{place.address}"
+    return testinfra.get_host(where, ssh_identity_file=str(place.key), ssh_extra_args=options, timeout=180)
 
 
 @pytest.fixture(scope="session")
