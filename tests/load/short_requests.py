@@ -83,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         path = Path(folder) / "e.sock"
         values = {"EMBEDDING_MODEL": "", "CONTEXT": "4096", "BLAS": "false", "POLL": "0", "BATCH_SIZE": "256"}
-        values["MAX_SEQUENCES"] = str(max(8, arguments.at_once - 2))
+        values |= {"MAX_SEQUENCES": str(max(8, arguments.at_once - 2)), "BLAS": str(arguments.tiny).lower()}
         environment = {**os.environ, **{f"QUERN_ENGINE_{name}": value for name, value in values.items()}}
         command = [sys.executable, "-m", "quern.inference.engine", "--socket", str(path)]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
