@@ -51,13 +51,12 @@ def drain(store: Store, versions: Versions, waker: Waker) -> int:
             done.append(UpdateOne(this, {"$rename": {"outbox": "unrelayed"}}))
         else:
             done.append(UpdateOne(this, {"$unset": {"outbox": ""}}))
-    # Nothing here waits for the journal. It is a sequence: whatever a power cut takes, it takes the end of it, so an
-    # outbox is never gone without the jobs and the audit entry that it made before; else it is relayed again.
-    unhurried = db.with_options(write_concern=EPHEMERAL)
-    opened = queue.insert(unhurried, jobs)
-    _record(unhurried, [response["outbox"]["audit"] for response in found])
+    # In the journal before the outbox goes: an update that the driver repeats on a mongod that was killed and started
+    # again outlives inserts that only its memory had. The clearing need not wait: what comes back is relayed again.
+    opened = queue.insert(db, jobs)
+    _record(db, [response["outbox"]["audit"] for response in found])
     turns.open_many(db, opened)
-    _clear(unhurried, done)
+    _clear(db.with_options(write_concern=EPHEMERAL), done)
     metrics.FANNED_OUT.inc(len(found))
     waker.wake_all(opened)
     return len(found)

@@ -3,16 +3,24 @@
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import orjson
+import pytest
+from pydantic import SecretStr
+from pymongo import UpdateOne
+from pymongo.errors import PyMongoError
 
+from quern.config import LiveSettings, Settings
+from quern.embedded.mongod import Mongod
 from quern.embedded.receiver import Answer, Receiver
 from quern.embedded.smtp_sink import SmtpSink
 from quern.jobs import queue, reconciler, turns
 from quern.jobs.model import Queue
 from quern.jobs.worker import Worker
+from quern.migrations import migrate
 from quern.store import clock
-from quern.store.connection import Document
+from quern.store.connection import Db, Document, Store
 from quern.webhooks.handler import resend
 from quern.workflows import outbox, relay
 from quern.workflows.replay import replay
@@ -40,6 +48,43 @@ def test_relaying_twice_makes_nothing_twice(course: Course) -> None:
     assert course.db.jobs.count_documents({}) == 1
     assert course.job(response, "one")["attempt"] == 1
     assert course.db.audit.count_documents({"subject": response, "action": "response.submitted"}) == 1
+
+
+def test_an_outbox_is_never_cleared_without_its_jobs_though_mongod_is_killed_between(
+    settings: Settings,
+    smtp_sink: SmtpSink,
+    receiver: Receiver,
+    run_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The driver repeats the clearing on the next mongod, which has of the first one what its journal had."""
+    with Mongod(run_directory / "db") as mortal:
+        own = settings.model_copy(update={"mongodb_uri": SecretStr(mortal.uri)})
+        migrate(Store(LiveSettings(own)).db)
+        course = Course(own, smtp_sink, receiver)
+        form = course.publish(email("one"), email("two", needs=["one"]))
+        clear = relay._clear
+
+        def clear_after_a_crash(db: Db, done: list[UpdateOne]) -> None:
+            mortal.kill()
+            mortal.start()
+            clear(db, done)
+
+        monkeypatch.setattr(relay, "_clear", clear_after_a_crash)
+        for _ in range(3):
+            response = course.submit(form, comment="hi")
+            try:
+                relay.drain(course.runtime.store, course.runtime.versions, course.runtime.waker)
+            except PyMongoError:
+                # Then it is all done again, as the relay's loop does.
+                continue
+            jobs = course.db.jobs.count_documents({"subject": response})
+            entries = course.db.audit.count_documents({"subject": response})
+            assert (jobs, entries) == (2, 1) or "outbox" in course.response(response)
+        monkeypatch.setattr(relay, "_clear", clear)
+        course.relay()
+        assert course.db.jobs.count_documents({}) == 6
+        assert course.db.responses.count_documents({"outbox": {"$exists": True}}) == 0
 
 
 def test_an_outbox_that_cannot_be_relayed_holds_up_no_other(course: Course) -> None:
