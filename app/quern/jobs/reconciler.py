@@ -106,6 +106,34 @@ def reopen(store: Store) -> int:
     return len(waiting)
 
 
+def restore_turns(store: Store) -> int:
+    """Open the turns that queued jobs lack. Returns how many.
+
+    Turns are written unjournaled. When mongod is killed it forgets the newest of them, while the driver repeats on the
+    next mongod what came after: a job may then be queued without a turn, or behind one that was put off or closed.
+    """
+    db = store.db
+    first = db.jobs.aggregate(
+        [
+            {"$match": {"state": State.QUEUED.value}},
+            {"$sort": {"queue": 1, "priority": 1, "tenant": 1, "due": 1}},
+            {
+                "$group": {
+                    "_id": {"queue": "$queue", "priority": "$priority", "tenant": "$tenant"},
+                    "due": {"$first": "$due"},
+                }
+            },
+        ],
+        hint="claim",
+    )
+    wanted = [(row["_id"]["queue"], row["_id"]["priority"], row["_id"]["tenant"], row["due"]) for row in first]
+    ready = turns.ready(db)
+    # One that was closed since the jobs were read is opened for nothing, and closed again by the next claim.
+    lost = [work for work in wanted if (at := ready.get(work[:3])) is None or at > work[3]]
+    turns.open_many(db, lost)
+    return len(lost)
+
+
 def wake_ready(store: Store, waker: Waker) -> None:
     """Send wake-ups for every queue in which a turn is due: a wiped Redis costs one reconciler period."""
     for name in turns.ready_queues(store.db, clock.now()):

@@ -6,8 +6,8 @@ that tenant's oldest job. So a flood of one tenant delays another's job by at mo
 
 `opening` is random for each opening: a claimer that found nothing closes the turn only if nobody opened it meanwhile
 (a counter would begin again with the next document, and a slow claimer would close a turn that it never saw).
-Turns are written unjournaled, but always before the durable write that relies on them (MongoDB's journal is a
-sequence: what comes later is never kept without what came before).
+Turns are written unjournaled: a mongod that is killed forgets the newest, and the reconciler opens those that queued
+jobs lack.
 """
 
 import secrets
@@ -93,6 +93,11 @@ def close(db: Db, turn: Turn, next_due: datetime | None) -> bool:
 def ready_queues(db: Db, now: datetime) -> list[str]:
     """Queues in which some tenant has work that is due."""
     return [str(queue) for queue in db.turns.distinct("queue", {"ready": {"$lte": now}})]
+
+
+def ready(db: Db) -> dict[tuple[str, int, str], datetime]:
+    """From when on there is work: (queue, priority, tenant) → due, of every open turn."""
+    return {(turn["queue"], turn["priority"], turn["tenant"]): turn["ready"] for turn in db.turns.find()}
 
 
 def _turn(document: Document) -> Turn:

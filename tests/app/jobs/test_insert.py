@@ -72,3 +72,19 @@ def test_reopening_an_ended_job_does_nothing(store: Store) -> None:
     assert reconciler.reopen(store) == 0
     assert "wake" not in read(store, identity)
     assert turns.take(store.db, "default", clock.now()) is None
+
+
+def test_jobs_whose_turns_a_crash_of_mongod_took_are_found(store: Store) -> None:
+    later = clock.now() + timedelta(hours=1)
+    jobs = [new_job(tenant="ten_a"), new_job(tenant="ten_b"), new_job(queue=Queue.HIGH), new_job(priority=1, due=later)]
+    enqueue(store, *jobs)
+    assert reconciler.restore_turns(store) == 0
+    store.db.turns.delete_many({"tenant": "ten_a"})
+    # And one that was put off though its job is due.
+    store.db.turns.update_one({"tenant": "ten_b"}, {"$set": {"ready": later}})
+    assert queue.claim(store.db, "default", 60) is None
+    assert reconciler.restore_turns(store) == 4
+    found = [queue.claim(store.db, name, 60) for name in ("default", "default", "high")]
+    assert {job.id for job in found if job} == {job.id for job in jobs[:3]}
+    assert queue.claim(store.db, "default", 60) is None, "it is not due"
+    assert reconciler.restore_turns(store) == 0
