@@ -225,7 +225,7 @@ class Runtime:
 
         return [
             Chore("seal the audit log", 1.0, seal),
-            Chore("restore turns", 5.0, lambda: reconciler.restore_turns(self.store)),
+            Chore("restore turns", 15.0, lambda: reconciler.restore_turns(self.store)),
             Chore("observe MongoDB", 15.0, lambda: mongodb.record(server_status())),
             Chore("observe the queues", 5.0, lambda: reconciler.observe(self.store)),
             Chore("observe the outboxes", 5.0, lambda: metrics.UNRELAYED.set(outbox.count_unrelayed(self.store.db))),
