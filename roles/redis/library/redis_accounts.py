@@ -21,6 +21,8 @@ short_description: Keep a Redis ACL file
 description:
   - The file holds SHA-256 digests of 256-bit random passwords. These are read from encrypted systemd credentials on
     the host, so that they never travel. The default account is off.
+  - While a rotation is unfinished (C(.rotation), see encrypted_credentials), the passwords that the file knows go on
+    holding beside the new ones.
 options:
   path:
     description: the ACL file
@@ -45,10 +47,6 @@ options:
       so that nothing is to be restarted and nobody is disconnected
     type: path
     required: true
-  keep_previous:
-    description: let the passwords that the file knows hold beside the new ones (the first half of a rotation)
-    type: bool
-    default: false
 author: Quern
 """
 
@@ -87,7 +85,7 @@ def lines_wanted(params: dict[str, Any], found: list[str]) -> list[str]:
         credential = account.get("credential", "quern_redis_queue_url")
         secret = passwords_of(params["credentials"], account["name"], credential)[0]
         digests = [hashlib.sha256(secret.encode()).hexdigest()]
-        if params["keep_previous"]:
+        if (Path(params["credentials"]) / ".rotation").exists():
             digests += [digest for digest in previous_digests(found, account["name"]) if digest not in digests]
         marks = " ".join(f"#{digest}" for digest in digests)
         lines.append(f"user {account['name']} on resetchannels -@all {account['rules']} {marks}")
@@ -153,7 +151,6 @@ def main() -> None:
             "credentials": {"type": "path", "required": True, "no_log": False},
             "accounts": {"type": "list", "elements": "dict", "required": True},
             "socket": {"type": "path", "required": True},
-            "keep_previous": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import secrets
 import subprocess
@@ -18,6 +19,8 @@ short_description: Make systemd credentials on the host, encrypted at rest
 description:
   - Each credential is a file OWNER.NAME, sealed by C(systemd-creds) under NAME - it can be loaded as nothing else.
   - A secret that is there is kept. One that cannot be decrypted is an error, never silently replaced.
+  - An unfinished rotation is written down in C(.rotation), by file. What it introduced is taken up by the next run, and
+    not made anew, since some processes may use the new secret already and others still the former one.
 options:
   directory:
     description: the folder of the files, mode 0700
@@ -32,7 +35,9 @@ options:
     elements: dict
     required: true
   given:
-    description: values of those of kind C(given), by file name
+    description: >-
+      values by file name - of those of kind C(given) the content, of the others the secret, which must look like one
+      made here, since it becomes part of addresses and lists. What is given is not rotated
     type: dict
     default: {}
   rotate:
@@ -43,7 +48,7 @@ options:
   phase:
     description: >-
       C(introduce) makes the new secrets, while the former ones still hold; C(promote) lets the newest key of a ring
-      seal; C(retire) forgets the former password of a handover
+      seal; C(retire) forgets the former password of a handover, and ends the rotation. Each does its part once
     type: str
     choices: [introduce, promote, retire]
     default: introduce
@@ -64,6 +69,7 @@ SHAPES = {
     "ring": r"[A-Za-z0-9_-]{43}=(?:,[A-Za-z0-9_-]{43}=)*",
     "handover": r"[A-Za-z0-9_-]{43}(?:,[A-Za-z0-9_-]{43})*",
 }
+PHASES = ["introduce", "promote", "retire"]
 #: How an account is called at every other rotation, so that the former one holds until nobody uses it.
 TURN = "-b"
 
@@ -74,6 +80,17 @@ def fresh(kind: str) -> str:
         return base64.b64encode(secrets.token_bytes(66)).decode()
     token = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
     return token if kind == "ring" else token.rstrip("=")
+
+
+def unlike(credentials: list[dict[str, Any]], given: dict[str, str]) -> list[str]:
+    """What was given in the place of a secret and does not look like one."""
+    return [
+        item["file"]
+        for item in credentials
+        if item["kind"] in SHAPES
+        and item["file"] in given
+        and not re.fullmatch(SHAPES[item["kind"]], str(given[item["file"]]))
+    ]
 
 
 class Unreadable(Exception):
@@ -110,6 +127,30 @@ def encrypt(path: Path, content: str) -> None:
     partial.replace(path)
 
 
+class Rotation:
+    """How far each file has come in a rotation that has not ended."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / ".rotation"
+        self._reached: dict[str, str] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def is_to_do(self, file: str, phase: str) -> bool:
+        """Whether the file has not come so far yet."""
+        return file not in self._reached or PHASES.index(self._reached[file]) < PHASES.index(phase)
+
+    def done(self, file: str, phase: str) -> None:
+        """Write down that it has."""
+        self._reached[file] = phase
+        if phase == PHASES[-1]:
+            del self._reached[file]
+        partial = self._path.with_name(".rotation.partial")
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(self._reached))
+        partial.replace(self._path)
+        if not self._reached:
+            self._path.unlink()
+
+
 def turned(kind: str, secret: str, phase: str) -> str:
     """The secret after a phase of its rotation."""
     known = secret.split(",")
@@ -134,8 +175,10 @@ def wanted_content(item: dict[str, Any], found: str | None, given: dict[str, str
     kind, template = item["kind"], item.get("template", "{secret}")
     if kind == "given":
         return str(given[item["file"]])
+    if item["file"] in given:
+        return template.replace("{secret}", given[item["file"]]).replace("{turn}", "")
     if found is None:
-        return template.replace("{secret}", given.get(item["file"]) or fresh(kind)).replace("{turn}", "")
+        return template.replace("{secret}", fresh(kind)).replace("{turn}", "")
     # The template may have changed around the secret: the secret is what looks like one.
     match = re.search(rf"(?<![A-Za-z0-9_+/=-])({SHAPES[kind]})(?![A-Za-z0-9_+/=-])", found)
     secret = match[1] if match else fresh(kind)
@@ -157,25 +200,38 @@ def main() -> None:
             "credentials": {"type": "list", "elements": "dict", "required": True},
             "given": {"type": "dict", "default": {}, "no_log": True},
             "rotate": {"type": "list", "elements": "str", "default": []},
-            "phase": {"choices": ["introduce", "promote", "retire"], "default": "introduce"},
+            "phase": {"choices": PHASES, "default": PHASES[0]},
         },
         supports_check_mode=True,
     )
     directory, made = Path(module.params["directory"]), []
+    rotation = Rotation(directory)
     unknown = set(module.params["rotate"]) - {item["file"] for item in module.params["credentials"]}
     if unknown:
         module.fail_json(msg=f"expected credentials of this host to rotate, found {sorted(unknown)}")
-    for item in module.params["credentials"]:
+    credentials, given = module.params["credentials"], module.params["given"]
+    if wrong := unlike(credentials, given):
+        module.fail_json(
+            msg=f"secrets_given: expected for {', '.join(wrong)} what this host would make itself (a password is 43 of "
+            "A-Z a-z 0-9 _ -), found something else; make one by: openssl rand -base64 32 | tr +/ -_ | tr -d ="
+        )
+    own = {item["file"] for item in credentials if item["kind"] != "given"}
+    for item in credentials:
+        if item["kind"] == "given" and item["file"] in own:
+            continue
         path = directory / item["file"]
         phase = module.params["phase"] if item["file"] in module.params["rotate"] else None
+        if item["file"] in given or (phase and not rotation.is_to_do(item["file"], phase)):
+            phase = None
         try:
             found = decrypt(path)
-            wanted = wanted_content(item, found, module.params["given"], phase)
-            if found == wanted:
-                continue
-            made.append(item["file"])
-            if not module.check_mode:
-                encrypt(path, wanted)
+            wanted = wanted_content(item, found, given, phase)
+            if found != wanted:
+                made.append(item["file"])
+                if not module.check_mode:
+                    encrypt(path, wanted)
+            if phase and not module.check_mode:
+                rotation.done(item["file"], phase)
         except Unreadable as error:
             module.fail_json(msg=str(error))
         except subprocess.CalledProcessError as error:
