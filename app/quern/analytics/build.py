@@ -6,6 +6,7 @@ moment: counts, hashes and sums of each day, and some of its documents field by 
 
 import heapq
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -102,9 +103,12 @@ class Builder:
         with ExitStack() as stack:
             session = stack.enter_context(source.snapshot(self._db))
             reader = source.SpanReader(self._db, session, tenant, first, last)
+            behind = stack.enter_context(ThreadPoolExecutor(1, "writing"))
             writers = {
                 name: stack.enter_context(
-                    PartitionWriter(self._warehouse, schema.TABLES[name], tenant, period, generation)
+                    PartitionWriter(
+                        self._warehouse, schema.TABLES[name], tenant, period, generation, behind=behind
+                    )
                 )
                 for name in _FACTS
             }

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -114,6 +115,15 @@ class Desk:
             raise GoneError("the warehouse was published anew since the first page; ask again without a cursor")
         return Found(kept, True, mark)
 
+    def retire_former(self) -> None:
+        """Let go of what is kept of former publications. Raises NoWarehouseError."""
+        manifest = self.warehouse.current()
+        for tenant in [*manifest.tenants, None]:
+            mark = self.stamp(manifest, tenant)
+            if self._retired.get(tenant) != mark:
+                self.kept.retire(mark)
+                self._retired[tenant] = mark
+
     def answer_beforehand(self, stop: threading.Event) -> int:
         """Answer each tenant's standard questions and those asked lately; returns how many were not kept yet."""
         made = 0
@@ -122,10 +132,6 @@ class Desk:
         except NoWarehouseError:
             return 0
         for tenant in [*manifest.tenants, None]:
-            mark = self.stamp(manifest, tenant)
-            if self._retired.get(tenant) != mark:
-                self.kept.retire(mark)
-                self._retired[tenant] = mark
             for question in [*STANDARD, *self.kept.remembered(tenant)]:
                 if stop.is_set():
                     return made
@@ -136,8 +142,14 @@ class Desk:
                     _log.debug("not answered beforehand: %s", error)
         return made
 
-    def follow(self, stop: threading.Event, pause: float = 1.0) -> None:
-        """Answer beforehand after each publication, until `stop`."""
+    def follow(
+        self, stop: threading.Event, answer: Callable[[threading.Event], int] | None = None, pause: float = 1.0
+    ) -> None:
+        """Answer beforehand after each publication, until `stop`: by `answer`, or in this process.
+
+        What fails is not tried again before the next publication: whoever asks is answered then.
+        """
+        answer = answer or self.answer_beforehand
         seen = None
         while not stop.wait(pause):
             try:
@@ -147,9 +159,10 @@ class Desk:
                     # The ETL's own process may have been restarted since, and then has no figure.
                     metrics.FRESHNESS.set(manifest.freshness.timestamp())
                 if generation != seen:
-                    count = self.answer_beforehand(stop)
-                    _log.info("%d questions answered beforehand", count, extra={"generation": generation})
                     seen = generation
+                    self.retire_former()
+                    count = answer(stop)
+                    _log.info("%d questions answered beforehand", count, extra={"generation": generation})
             except NoWarehouseError:
                 continue
             except Exception:

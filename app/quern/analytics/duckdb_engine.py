@@ -1,17 +1,21 @@
-"""DuckDB, in process: the engine of a site with one machine."""
+"""DuckDB, in process: the engine of a site with one machine. The library is loaded by the first statement."""
+
+from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import duckdb
 import pyarrow as pa
 
 from quern.analytics.engine import Dialect, EngineError, Parameter, Statement, TimedOutError, shaped
 from quern.analytics.schema import Table, quote
+
+if TYPE_CHECKING:
+    import duckdb
 
 _TRUNCATED: Final = {"day", "week", "month", "quarter", "year"}
 
@@ -99,6 +103,8 @@ class DuckDbEngine:
             return self._opened
 
     def _open(self) -> duckdb.DuckDBPyConnection:
+        import duckdb
+
         database = duckdb.connect(":memory:", config=self._config)
         # Files never change, and a path is never used again: what was read of one once holds.
         database.execute("SET parquet_metadata_cache = true")
@@ -112,6 +118,8 @@ class DuckDbEngine:
         return self._dialect
 
     def run(self, statement: Statement, seconds: float) -> pa.Table:
+        import duckdb
+
         parameters = {
             name: value.replace(tzinfo=None) if isinstance(value, datetime) else value
             for name, value in statement.parameters.items()

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import secrets
+from concurrent.futures import Executor, Future, wait
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -13,8 +15,10 @@ import pyarrow.parquet as pq
 from quern.analytics.manifest import Partition, safe
 from quern.analytics.schema import Table
 
-#: Rows of a row group: what a reader decodes at once.
+#: Rows of a row group at most: what a reader decodes at once.
 ROW_GROUP: Final = 122_880
+#: Rows of a row group that ends where a new place begins (`Table.constant`): a question by path reads its own alone.
+_LEAST_OF_A_PLACE: Final = 8192
 #: Bytes that a writer holds at most, unless it is told otherwise.
 BATCH_BYTES = 32 << 20
 _HASH_CHUNK: Final = 1 << 20
@@ -36,7 +40,11 @@ class PartitionWriter:
         generation: int,
         *,
         batch_bytes: int | None = None,
+        behind: Executor | None = None,
     ) -> None:
+        """`behind`: encodes and writes what was gathered, while the next is; None: the caller does."""
+        self._behind = behind
+        self._pending: Future[None] | None = None
         self._table, self._period, self._limit = table, period, batch_bytes or BATCH_BYTES
         # The random part: a run that was killed may have left a file of this generation.
         self._path = f"tenants/{safe(tenant)}/{table.name}/{period}.{generation:08d}-{secrets.token_hex(4)}.parquet"
@@ -84,22 +92,43 @@ class PartitionWriter:
         return tuple(batch.column(name)[0].as_py() for name in self._table.order[: self._table.constant])
 
     def _flush(self) -> None:
-        if not self._waiting:
+        waiting, self._waiting, self._held, self._waiting_bytes = self._waiting, [], set(), 0
+        self._settle()
+        if not waiting:
             return
+        if self._behind is None:
+            self._write_out(waiting)
+        else:
+            self._pending = self._behind.submit(self._write_out, waiting)
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write_out(self, waiting: list[pa.RecordBatch]) -> None:
         if self._writer is None:
             self._final.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
             # Dictionaries in memory, plain columns for readers.
-            self._schema = self._waiting[0].schema
+            self._schema = waiting[0].schema
             self._writer = open_writer(self._temporary, self._schema)
-        rows = pa.Table.from_batches(sorted(self._waiting, key=self._place), self._schema).unify_dictionaries()
-        self._writer.write_table(rows, row_group_size=ROW_GROUP)
-        self._waiting = []
-        self._held = set()
-        self._waiting_bytes = 0
+        group: list[pa.RecordBatch] = []
+        for _, batches in groupby(sorted(waiting, key=self._place), self._place):
+            group += batches
+            if sum(batch.num_rows for batch in group) >= _LEAST_OF_A_PLACE:
+                self._write_groups(group)
+                group = []
+        self._write_groups(group)
+
+    def _write_groups(self, batches: list[pa.RecordBatch]) -> None:
+        if batches and self._writer is not None:
+            rows = pa.Table.from_batches(batches, self._schema).unify_dictionaries()
+            self._writer.write_table(rows, row_group_size=ROW_GROUP)
 
     def close(self) -> Partition | None:
         """Finish the file and name it; None when there was no row, and so no file. Publication makes it durable."""
         self._flush()
+        self._settle()
         if self._writer is None:
             return None
         self._writer.close()
@@ -108,6 +137,8 @@ class PartitionWriter:
 
     def abandon(self) -> None:
         """Drop what was written."""
+        if self._pending is not None:
+            wait([self._pending])
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -20,6 +20,7 @@ from redis import Redis
 
 from quern.analytics import render, sandbox
 from quern.analytics.answer import TooManyRowsError, Warehouse
+from quern.analytics.beforehand import answer_in_a_process
 from quern.analytics.desk import Desk, GoneError
 from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.engine import Engine, EngineError, TimedOutError
@@ -231,7 +232,9 @@ class AnalyticsServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no
         stop = threading.Event()
         atexit.register(desk.warehouse.engine.close)
         atexit.register(stop.set)
-        threading.Thread(target=desk.follow, args=(stop,), name="beforehand", daemon=True).start()
+        # Without Redis an answer is kept only where it was made.
+        answer = answer_in_a_process if self._settings.redis_cache_url is not None else None
+        threading.Thread(target=desk.follow, args=(stop, answer), name="beforehand", daemon=True).start()
         return create_app(desk, self._settings)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from functools import lru_cache
 from itertools import chain
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 
@@ -72,6 +73,18 @@ def members(
 ) -> list[Column]:
     """A column for each name that an object has, in the order in which they first come; None where one lacks it."""
     prefix = "" if path is None else f"{path}."
+    if objects and len(objects[0]) > 1:
+        try:
+            # Mostly each object has what the first has: all its values are taken at once.
+            values = list(zip(*map(itemgetter(*objects[0]), objects), strict=True))
+        except KeyError:
+            pass
+        else:
+            if len(objects[0]) * len(objects) == sum(map(len, objects)):
+                return [
+                    Column(prefix + name, rows, items, list(found))
+                    for name, found in zip(objects[0], values, strict=True)
+                ]
     names = dict.fromkeys(chain.from_iterable(objects))
     if len(names) * len(objects) <= 4 * sum(map(len, objects)):
         return [Column(prefix + name, rows, items, [one.get(name) for one in objects]) for name in names]

@@ -9,10 +9,12 @@ It needs the rights `find` and `changeStream` on the database (the role `read`) 
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from hashlib import blake2b
+from threading import Lock
 from typing import Final
 
 import bson
@@ -130,6 +132,8 @@ class SpanReader:
 
     def __init__(self, db: Db, session: ClientSession, tenant: str, first: date, last: date) -> None:
         self._db, self._session, self._tenant, self._sorted = db, session, tenant, first != last
+        self._one_at_a_time = Lock()
+        """A session is no two threads' at once."""
         start, end = bounds(first)[0], bounds(last)[1]
         # Each form by name: the index begins with tenant and form.
         listed = db.responses.distinct("form", {"tenant": tenant}, session=session)
@@ -151,7 +155,8 @@ class SpanReader:
         found = self._db.jobs.with_options(codec_options=_PLAIN).find(
             {"subject": {"$in": list(responses)}, "tenant": self._tenant}, JOB_FIELDS, session=self._session
         )
-        return list(found)
+        with self._one_at_a_time:
+            return list(found)
 
     def counts(self) -> dict[str, int]:
         """How many responses and audit entries there are, counted by the server from its indexes alone."""
@@ -165,7 +170,8 @@ class SpanReader:
     def count_jobs(self, responses: Sequence[str]) -> int:
         """Jobs of some responses, counted by the server from its index alone."""
         subjects = {"subject": {"$in": list(responses)}}
-        return self._db.jobs.count_documents(subjects, session=self._session, hint="by_subject")
+        with self._one_at_a_time:
+            return self._db.jobs.count_documents(subjects, session=self._session, hint="by_subject")
 
     def hashes(self) -> dict[str, int]:
         """Each response's hash by identifier: to name the rows that differ."""
@@ -188,7 +194,20 @@ class SpanReader:
         found = self._db[collection].find_raw_batches(
             query, fields, session=self._session, batch_size=BATCH, sort=order
         )
-        return iter(found)
+        return self._ahead(found)
+
+    def _ahead(self, found: Iterator[bytes]) -> Iterator[bytes]:
+        """The same, the next always being fetched while the last is worked on: the server need not wait, nor we."""
+
+        def following() -> bytes | None:
+            with self._one_at_a_time:
+                return next(found, None)
+
+        with ThreadPoolExecutor(1, "ahead") as fetching:
+            pending = fetching.submit(following)
+            while (raw := pending.result()) is not None:
+                pending = fetching.submit(following)
+                yield raw
 
     def _chunks(self, collection: str, query: Document, fields: dict[str, int]) -> Iterator[Chunk]:
         for raw in self._raw(collection, query, fields):

@@ -145,6 +145,7 @@ def test_what_was_kept_before_a_publication_ends_soon_after_it(place: Place, red
     desk.page(EACH, MINE, 5, None)
     desk.page(EACH, OTHERS, 5, None)
     place.publish_without(MINE)
+    desk.retire_former()
     desk.answer_beforehand(Event())
     with redis_connection.connect(lambda: redis_cache.url) as redis:
         ends = {

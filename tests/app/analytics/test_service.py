@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from quern.analytics.client import AnalyticsAwayError, AnalyticsClient, AnalyticsError
+from quern.analytics.desk import STANDARD
 from quern.analytics.question import Measure, Question
 from quern.analytics.service_settings import ServiceSettings
 from quern.embedded.process import ChildProcess
@@ -49,6 +51,24 @@ def service(
 @pytest.fixture
 def client(service: ChildProcess, session_directory: Path) -> AnalyticsClient:
     return AnalyticsClient(ServiceSettings(socket=session_directory / "analytics.sock", patience=60))
+
+
+def test_what_will_be_asked_is_answered_by_another_process(client: AnalyticsClient, service: ChildProcess) -> None:
+    deadline = time.monotonic() + 300
+    while "questions answered beforehand" not in service.log.read_text():
+        assert time.monotonic() < deadline, service.log.read_text()
+        time.sleep(0.1)
+    assert all(client.page(question, MINE, 100, None).cached for question in STANDARD)
+    # The one that serves has opened no DuckDB for it, until somebody asks what nobody foresaw.
+    assert not maps_duckdb(service)
+    assert not client.page(BY_SECTOR, MINE, 100, None).cached
+    assert maps_duckdb(service)
+
+
+def maps_duckdb(service: ChildProcess) -> bool:
+    """Whether a process of the service has loaded it."""
+    children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
+    return any("duckdb" in Path(f"/proc/{process}/maps").read_text() for process in [service.pid, *children])
 
 
 def test_it_answers_pages_files_charts_and_sql(client: AnalyticsClient) -> None:
@@ -125,4 +145,4 @@ def test_its_process_loads_nothing_of_mongodb_and_the_apis_loads_no_engine() -> 
         script = f"import sys, {module}; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
         found[module] = large & set(done.stdout.split())
-    assert found == {"quern.analytics.service": {"duckdb", "pyarrow"}, "quern.api.app": {"pymongo", "bson"}}
+    assert found == {"quern.analytics.service": {"pyarrow"}, "quern.api.app": {"pymongo", "bson"}}
