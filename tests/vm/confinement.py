@@ -41,7 +41,8 @@ def denials(guest: Guest, since: str = "") -> list[str]:
 
 def outcomes(guest: Guest, profile: str, unit: str) -> dict[str, dict[str, str]]:
     """Each act of acts.py, as the unit's account, without and under the profile."""
-    account = guest.say(f"systemctl show -p User --value {unit}")
+    # A unit that names no account, or is off by default, is tried as root.
+    account = guest.say(f"systemctl show -p User --value {unit}") or "root"
     said = guest.say(f"{guest.become(account)} python3 -I - {profile}", stdin=ACTS.read_text())
     loaded: dict[str, dict[str, str]] = json.loads(said)
     return loaded

@@ -14,6 +14,7 @@ from tests.vm.confinement import denials, modes, outcomes
 from tests.vm.guest import Guest
 
 EXPECTED = yaml.safe_load((Path(__file__).parent / "expected.yml").read_text())
+PROFILES = {**EXPECTED["profiles"], **EXPECTED["jobs"]}
 COMMENT = "I waited two hours for my parcel, and the driver was rude. Please call me back about order 4711."
 
 
@@ -23,19 +24,17 @@ def test_every_process_of_every_service_is_confined(guest: Guest, expected: dict
     assert len(found) >= len(EXPECTED["profiles"])
 
 
-def test_no_profile_only_complains(guest: Guest, expected: dict[str, Any]) -> None:
+def test_no_profile_only_complains(guest: Guest) -> None:
     status = json.loads(guest.say("aa-status --json"))
-    assert {name: status["profiles"].get(name) for name in expected["profiles"]} == dict.fromkeys(
-        expected["profiles"], "enforce"
-    )
+    assert {name: status["profiles"].get(name) for name in PROFILES} == dict.fromkeys(PROFILES, "enforce")
 
 
-@pytest.mark.parametrize("profile", EXPECTED["profiles"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_acts_fail_under_the_profile_and_succeed_without_it(
     guest: Guest, profile: str, expected: dict[str, Any]
 ) -> None:
     allowed = expected["allowed"].get(profile, [])
-    found = outcomes(guest, profile, expected["profiles"][profile][0])
+    found = outcomes(guest, profile, PROFILES[profile][0])
     assert {act: said for act, said in found.items() if said["unconfined"] != "done"} == {}
     refused = {act for act, said in found.items() if said["confined"] == "refused"}
     assert found.keys() - refused == set(allowed), found
@@ -81,4 +80,12 @@ def test_services_come_back_confined_without_a_denial(guest: Guest, services: li
     since = guest.say("date +%s.%N")
     guest.say("systemctl restart quern-worker@low quern-relay && systemctl reload nginx")
     guest.wait_serving(services)
+    assert denials(guest, since) == []
+
+
+def test_the_jobs_of_a_moment_are_done_without_a_denial(guest: Guest) -> None:
+    since = guest.say("date +%s.%N")
+    for unit in ("quern-certificate", "quern-certificate-age", "quern-backup", "quern-files"):
+        # Fails when the unit does.
+        guest.say(f"systemctl start {unit}.service")
     assert denials(guest, since) == []
