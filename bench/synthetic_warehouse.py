@@ -321,7 +321,7 @@ def _write(
 ) -> Partition:
     with PartitionWriter(root, schema.TABLES[table], tenant, period, generation) as writer:
         for item in batches:
-            writer.write(item)
+            writer.write_sorted(item)
         made = writer.close()
     if made is None:
         raise ValueError(f"expected rows for {table} of {tenant}, found none")

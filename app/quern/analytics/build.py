@@ -106,9 +106,7 @@ class Builder:
             behind = stack.enter_context(ThreadPoolExecutor(1, "writing"))
             writers = {
                 name: stack.enter_context(
-                    PartitionWriter(
-                        self._warehouse, schema.TABLES[name], tenant, period, generation, behind=behind
-                    )
+                    PartitionWriter(self._warehouse, schema.TABLES[name], tenant, period, generation, behind=behind)
                 )
                 for name in _FACTS
             }
@@ -288,7 +286,7 @@ def rewrite(
     ).to_arrow_reader(_READ_BACK_ROWS)
     with PartitionWriter(root, table, tenant, period, generation) as writer:
         for rows in sorted_rows:
-            writer.write(pa.RecordBatch.from_arrays(rows.cast(table.arrow).columns, schema=table.arrow))
+            writer.write_sorted(pa.RecordBatch.from_arrays(rows.cast(table.arrow).columns, schema=table.arrow))
         return writer.close()
 
 

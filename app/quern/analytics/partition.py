@@ -4,11 +4,12 @@ import hashlib
 import os
 import secrets
 from concurrent.futures import Executor, Future, wait
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,7 +29,8 @@ class PartitionWriter:
     """Writes batches of a table's rows into one file of the warehouse. A writer left by an exception leaves nothing.
 
     Batches are gathered up to `batch_bytes` bytes (None: BATCH_BYTES), so that memory does not grow with the rows, and
-    then written in the order of the columns that are constant in each of them (`Table.constant`), else as they came.
+    then written in the order of the columns that are constant in each of them (`Table.constant`), else as they came. A
+    new place in that order begins a new row group, so that a reader who wants one path does not unpack the others.
     """
 
     def __init__(
@@ -76,6 +78,16 @@ class PartitionWriter:
         self.rows += batch.num_rows
         if self._waiting_bytes >= self._limit:
             self._flush()
+
+    def write_sorted(self, batch: pa.RecordBatch) -> None:
+        """Add rows in the table's order, as a merge gives them: cut where one of the constant columns changes."""
+        changes = np.zeros(max(batch.num_rows - 1, 0), bool)
+        for name in self._table.order[: self._table.constant]:
+            codes = batch.column(name).dictionary_encode().indices.to_numpy()
+            changes |= codes[1:] != codes[:-1]
+        places = [0, *(np.flatnonzero(changes) + 1).tolist(), batch.num_rows]
+        for first, last in pairwise(places):
+            self.write(batch.slice(first, last - first))
 
     def _new_bytes(self, batch: pa.RecordBatch) -> int:
         """What holding the batch costs: batches share the memory of what their rows have in common."""

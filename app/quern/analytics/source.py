@@ -194,7 +194,7 @@ class SpanReader:
         found = self._db[collection].find_raw_batches(
             query, fields, session=self._session, batch_size=BATCH, sort=order
         )
-        return self._ahead(found)
+        return self._ahead(iter(found))
 
     def _ahead(self, found: Iterator[bytes]) -> Iterator[bytes]:
         """The same, the next always being fetched while the last is worked on: the server need not wait, nor we."""

@@ -120,6 +120,28 @@ def test_a_month_that_is_built_at_once_is_in_the_order_of_its_paths(desk: Desk) 
     assert keys == sorted(keys)
 
 
+def test_a_question_by_one_path_unpacks_no_other(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "_LEAST_OF_A_PLACE", 10)
+    for number in range(1, 20):
+        desk.submit(moment(date(2026, 3, number)), {"sector": "health", "comment": "fine", "topics": ["price"]})
+    desk.run()
+    assert _paths_of_groups(desk) == [{"comment"}, {"sector"}, {"topics"}]
+    desk.submit(moment("2026-03-02", 13), {"sector": "retail"})
+    desk.run()
+    # This one was merged.
+    assert _paths_of_groups(desk) == [{"comment"}, {"sector"}, {"topics"}]
+    assert desk.holds()
+
+
+def _paths_of_groups(desk: Desk) -> list[set[str]]:
+    """Of each row group of the answers' only file, the least and the greatest path, which a reader looks at."""
+    (path,) = desk.manifest.files("fact_answer", desk.tenant)
+    known = pq.read_metadata(path)
+    place = FACT_ANSWER.names.index("path")
+    found = [known.row_group(number).column(place).statistics for number in range(known.num_row_groups)]
+    return [{statistics.min, statistics.max} for statistics in found]
+
+
 def test_a_late_response_rewrites_its_own_days_and_not_those_between(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
