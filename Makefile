@@ -28,7 +28,8 @@ demo: setup ## run the whole service with a sample form, and stay up until inter
 demo-check: setup ## the same without staying up: exit 0 only if every result is there and right
 	@$(BIN)/python -m quern.embedded.demo --check
 
-test: lint test-app test-roles test-waf ## everything that CI runs; test-host and test-vm run by hand
+test: lint ansible ## everything that CI runs: all of these but test-host-full and the long part of test-vm
+	@scripts/test-all
 
 lint: setup ## style, types, shell, pinned requirements
 	$(BIN)/ruff check . $(PYTHON_SCRIPTS)
