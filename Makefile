@@ -11,8 +11,8 @@ UV_VERSION := 0.13.9
 UV := $(CACHE)/uv/$(UV_VERSION)/bin/uv
 UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 # The scripts carry no suffix by which a linter would know them.
-PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* .ci/*)
-SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* .ci/*)
+PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* molecule/*-host .ci/*)
+SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* molecule/*-host .ci/*)
 
 .PHONY: help setup demo demo-check test lint test-app test-waf test-roles bundle test-host test-host-full test-vm-smoke test-vm lint-ansible format lock clean
 
