@@ -80,6 +80,7 @@ def run(sql: str, manifest: Manifest, tenants: Sequence[str], limits: Limits = L
     order = {
         "files": readable,
         "views": views,
+        "tables": sorted(tables),
         "memory_megabytes": limits.memory_megabytes,
         "rows": limits.rows,
         "cpu_seconds": math.ceil(limits.seconds) + 1,

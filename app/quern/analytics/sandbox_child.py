@@ -47,6 +47,12 @@ def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
         return {"ok": False, "kind": "confinement", "text": str(error)}
     try:
         return _run(database, order, sys.stdin.buffer.read().decode())
+    except duckdb.CatalogException as error:
+        said = str(error)[:4000]
+        if said.startswith("Catalog Error: Table"):
+            # DuckDB's own suggestions are of its own tables.
+            said = f"{said.splitlines()[0]} The tables are {', '.join(order['tables'])}; DESCRIBE shows one's columns."
+        return {"ok": False, "kind": "sql", "text": said}
     except duckdb.Error as error:
         return {"ok": False, "kind": "sql", "text": str(error)[:4000]}
     except (MemoryError, RuntimeError) as error:

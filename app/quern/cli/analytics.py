@@ -10,9 +10,11 @@ import click
 from rich.console import Console
 
 from quern.cli.output import emit, emit_json, emit_outcome, fail, json_option
+from quern.store.clock import rfc3339
 
 # The engine and Arrow are large: only a command that needs them loads them.
 if TYPE_CHECKING:
+    from quern.analytics.manifest import Manifest
     from quern.analytics.service import ProcessSettings
 
 
@@ -60,7 +62,7 @@ def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float,
     text = sys.stdin.read() if statement is None else statement
     try:
         manifest = Manifest.load(root)
-        tenants = [tenant_id] if tenant_id else manifest.tenants
+        tenants = _in_reach(manifest, tenant_id)
         found = sandbox.run(text, manifest, tenants, sandbox.Limits(seconds, memory, rows))
     except (NoWarehouseError, sandbox.SqlError, sandbox.SandboxError) as error:
         fail(str(error))
@@ -70,8 +72,18 @@ def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float,
     names = _distinct(found.columns)
     emit([dict(zip(names, row, strict=True)) for row in found.rows], names, False, "No rows.")
     more = "; there are more, see --rows" if found.more else ""
-    fresh = manifest.freshness.isoformat() if manifest.freshness else "-"
-    Console(stderr=True).print(f"{len(found.rows)} rows{more}; complete until {fresh}", style="dim")
+    fresh = rfc3339(manifest.freshness) if manifest.freshness else "-"
+    rows_ = "1 row" if len(found.rows) == 1 else f"{len(found.rows)} rows"
+    Console(stderr=True).print(f"{rows_}{more}; complete until {fresh}", style="dim")
+
+
+def _in_reach(manifest: "Manifest", tenant: str | None) -> list[str]:
+    """Whose rows are asked for: of one tenant, or of all. Ends the command for one that the warehouse has no rows of."""
+    if tenant is None:
+        return list(manifest.tenants)
+    if tenant not in manifest.tenants:
+        fail(f"expected a tenant with rows in the warehouse, found {tenant!r}; `quern tenant list` has them all")
+    return [tenant]
 
 
 def _distinct(columns: list[str]) -> list[str]:
@@ -101,6 +113,7 @@ def report(target: Path, tenant_id: str | None, days: int, zone: str, as_json: b
     settings, root = _settings()
     warehouse = Warehouse(root, make_engine(settings), seconds=settings.analytics.service.seconds * 5)
     try:
+        _in_reach(warehouse.current(), tenant_id)
         until = (warehouse.current().freshness or datetime.now(UTC)).replace(minute=0, second=0, microsecond=0)
         made = write_report(warehouse, tenant_id, until - timedelta(days=days), until, zone)
     except (NoWarehouseError, EngineError) as error:

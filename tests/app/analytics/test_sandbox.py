@@ -68,6 +68,11 @@ def test_values_that_json_lacks_come_as_text(warehouse: Manifest) -> None:
     assert found.rows == [["2024-02-29", "1.50", "[1, 2]", "x", 1.0, "170141183460469231731687303715884105727"]]
 
 
+def test_a_name_that_no_table_has_is_answered_with_those_that_there_are(warehouse: Manifest) -> None:
+    with pytest.raises(SqlError, match="The tables are dim_field, .*fact_response"):
+        sandbox.run("SELECT * FROM responses", warehouse, [MINE])
+
+
 def test_rows_beyond_the_limit_are_left_out_and_that_is_said(warehouse: Manifest) -> None:
     found = sandbox.run("SELECT * FROM range(100)", warehouse, [MINE], Limits(rows=7))
     assert (len(found.rows), found.more) == (7, True)
