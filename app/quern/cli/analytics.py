@@ -78,7 +78,7 @@ def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float,
 
 
 def _in_reach(manifest: "Manifest", tenant: str | None) -> list[str]:
-    """Whose rows are asked for: of one tenant, or of all. Ends the command for one that the warehouse has no rows of."""
+    """Whose rows are asked for: one tenant's, or all. Ends the command for one that the warehouse does not have."""
     if tenant is None:
         return list(manifest.tenants)
     if tenant not in manifest.tenants:

@@ -69,7 +69,7 @@ def test_values_that_json_lacks_come_as_text(warehouse: Manifest) -> None:
 
 
 def test_a_name_that_no_table_has_is_answered_with_those_that_there_are(warehouse: Manifest) -> None:
-    with pytest.raises(SqlError, match="The tables are dim_field, .*fact_response"):
+    with pytest.raises(SqlError, match=r"The tables are dim_field, .*fact_response"):
         sandbox.run("SELECT * FROM responses", warehouse, [MINE])
 
 
