@@ -5,6 +5,9 @@ Debian's packages). `--waf none` and `--waf detect` show what the firewall costs
 speaks no UNIX sockets; nginx reaches it there too. The processor time of a request, nginx's and that of all others but
 wrk, tells the ratio on a machine that does nothing else, however busy it is.
 
+The relay takes up each response after its answer. A quick turn leaves it work, which a slow one does not: "sustained"
+divides the answers by the time until nothing was left.
+
     .venv/bin/python bench/front_door.py --seconds 6 --rounds 3
 """
 
@@ -139,12 +142,13 @@ def main() -> None:
         for kind, (path, body) in kinds.items():
             found: dict[str, list[tuple[float, str]]] = {name: [] for name in places}
             spent: dict[str, dict[str, float]] = {name: defaultdict(float) for name in places}
-            answered = dict.fromkeys(places, 0.0)
+            answered, until_settled = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
             for _ in range(arguments.rounds):
                 for name, base in places.items():
-                    settle(db)
-                    before = processor_seconds()
+                    before, began = processor_seconds(), time.monotonic()
                     rate, tail = drive(base + path, key, body, arguments.clients, arguments.seconds, folder)
+                    settle(db)
+                    until_settled[name] += time.monotonic() - began
                     for command, seconds in processor_seconds().items():
                         part = "nginx" if command == "nginx" else "API and database"
                         spent[name][part] += 1000 * (seconds - before.get(command, 0.0))
@@ -161,6 +165,9 @@ def main() -> None:
                 print(f"{kind}, {name}: processor, ms a request: {shown}")
             own, before_it = cost["socket"]["API and database"], cost["front door"]["nginx"]
             print(f"{kind}: by processor time: {own / (own + before_it):.2f}")
+            sustained = {name: answered[name] / until_settled[name] for name in places}
+            print(f"{kind}: sustained {', '.join(f'{name} {rate:.0f}' for name, rate in sustained.items())} requests/s")
+            print(f"{kind}: sustained ratio {sustained['front door'] / sustained['socket']:.2f}")
             print(f"{kind}: ratio {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
     shutil.rmtree(folder)
 
