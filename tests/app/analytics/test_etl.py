@@ -229,6 +229,19 @@ def test_the_extract_holds_the_documents_of_each_day(desk: Desk) -> None:
     assert "audit_key" not in found
 
 
+def test_what_a_killed_run_was_writing_is_never_taken_for_the_extract(desk: Desk) -> None:
+    response = desk.submit(moment("2026-03-07"), {"comment": "gone"})
+    desk.run()
+    folder = desk.root / "extract" / desk.tenant / "2026-03-07"
+    for name in ("responses.jsonl.zst", "responses.parquet"):
+        (folder / f".{name}.writing").write_bytes(b"half of a fi")
+    # The day is built again, and has no response any more.
+    desk.db.responses.delete_one({"_id": response})
+    desk.run()
+    assert sorted(path.name for path in folder.iterdir()) == ["audit.jsonl.zst", "audit.parquet"]
+    assert desk.holds()
+
+
 def test_what_is_erased_is_in_no_file_any_more(desk: Desk) -> None:
     secret = "xylophone-4711"
     kept = desk.submit(moment("2026-03-07"), {"comment": "another"})
