@@ -12,12 +12,11 @@ import pytest
 from hypothesis import strategies as st
 
 from quern.analytics.answer import Warehouse
-from quern.analytics.clickhouse_engine import ClickHouseEngine
+from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
 from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.engine import Engine
 from quern.analytics.question import Measure, Question
-from tests.app.analytics import plainly
-from tests.app.analytics.chdb_transport import Chdb
+from tests.app.analytics import chdb_server, plainly
 from tests.app.analytics.questions import questions
 from tests.app.analytics.world import TENANTS, World, publish, world
 
@@ -62,14 +61,15 @@ def houses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int],
         publish(asked, root)
         by_name: dict[str, Engine] = {
             "duckdb": DuckDbEngine(root, threads=1, memory_megabytes=500),
-            "clickhouse": ClickHouseEngine(Chdb(), root, str(root)),
+            "clickhouse": ClickHouseEngine(Server(url, chdb_server.USER, chdb_server.PASSWORD, 2000), root, str(root)),
         }
         engines.extend(by_name.values())
         return Published(asked, {name: Warehouse(root, engine, seconds=60) for name, engine in by_name.items()})
 
-    yield made
-    for engine in engines:
-        engine.close()
+    with chdb_server.serve() as url:
+        yield made
+        for engine in engines:
+            engine.close()
 
 
 Houses = Callable[[int], Published]
