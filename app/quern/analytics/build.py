@@ -5,7 +5,7 @@ moment: counts, hashes and sums of each day, and some of its documents field by 
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -123,7 +123,8 @@ class Builder:
                 partitions["fact_response"] = replace(partitions["fact_response"], explained=explained)
             carried = self._carry_jobs(partitions, tenant, days, period, generation, before, today)
             problems: dict[date, list[str]] = {day: [] for day in days}
-            problems[first] += self._miscounted(reader, tallies)
+            for day, problem in self._miscounted(reader, tallies):
+                problems[day].append(problem)
             documents = sum(tally.responses + tally.audit + tally.jobs for tally in tallies.values())
             for day, (rows, attempts) in carried.items():
                 tallies[day].jobs += rows
@@ -138,13 +139,13 @@ class Builder:
         problems = {day: listed for day, listed in problems.items() if listed}
         return Built(tenant, first, last, partitions, tallies, problems, documents)
 
-    def _miscounted(self, reader: source.SpanReader, tallies: dict[date, Tally]) -> list[str]:
-        """Whether another number of documents was read than MongoDB's indexes have at this moment."""
-        return [
-            f"{name}: {found} were read, {stored} are in MongoDB's index"
-            for name, stored in reader.counts().items()
-            if (found := sum(getattr(tally, name) for tally in tallies.values())) != stored
-        ]
+    def _miscounted(self, reader: source.SpanReader, tallies: dict[date, Tally]) -> Iterator[tuple[date, str]]:
+        """Days of which another number of documents was read than MongoDB's indexes have at this moment."""
+        for name, stored in reader.counts().items():
+            for day, tally in tallies.items():
+                found = getattr(tally, name)
+                if found != stored.get(day, 0):
+                    yield day, f"{name}: {found} were read, {stored.get(day, 0)} are in MongoDB's index"
 
     def _write_responses(
         self,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pymongo.errors import OperationFailure, PyMongoError
 
@@ -184,6 +185,8 @@ class Etl:
             report.outcome = "unchanged"
         else:
             report.outcome = "published"
+            # What building held is given back before a merge takes DuckDB's share.
+            pa.default_memory_pool().release_unused()
             assembly = warehouse.Assembly(
                 manifest,
                 work,

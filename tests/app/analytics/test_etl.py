@@ -14,6 +14,7 @@ from quern.analytics.etl import BusyError, MismatchError, Range
 from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
 from quern.analytics.schema import FACT_ANSWER
 from quern.analytics.shred import Column, Stripe, shred
+from quern.analytics.source import Chunk, SpanReader
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
 
 
@@ -313,6 +314,29 @@ def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeyp
     monkeypatch.undo()
     desk.run()
     assert desk.holds()
+
+
+def test_a_day_of_which_too_few_were_read_is_seen_though_another_has_too_many(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (3, 3, 9):
+        desk.submit(moment(date(2026, 3, number)), {"code": "a"})
+    read = SpanReader.responses
+
+    def careless(reader: SpanReader) -> Iterator[Chunk]:
+        """Leaves the first out, and gives the last twice: as many as there are."""
+        for chunk in read(reader):
+            yield Chunk(
+                [*chunk.documents[1:], chunk.documents[-1]],
+                [*chunk.digests[1:], chunk.digests[-1]],
+            )
+
+    monkeypatch.setattr(SpanReader, "responses", careless)
+    with pytest.raises(MismatchError) as caught:
+        desk.run()
+    said = " ".join(caught.value.report.problems)
+    assert "2026-03-03: responses: 1 were read, 2 are in MongoDB's index" in said
+    assert "2026-03-09: responses: 2 were read, 1 are in MongoDB's index" in said
 
 
 def test_a_reader_keeps_the_warehouse_that_it_opened(desk: Desk) -> None:
