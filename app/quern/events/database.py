@@ -33,8 +33,9 @@ class AsyncStore:
                 uri,
                 readConcernLevel="majority",
                 tz_aware=True,
-                serverSelectionTimeoutMS=2000,
-                connectTimeoutMS=2000,
+                # As quern.store.connection.
+                serverSelectionTimeoutMS=4000,
+                connectTimeoutMS=10_000,
                 maxPoolSize=16,
                 appname="quern-events",
             )

@@ -53,7 +53,12 @@ def is_away(error: BaseException) -> bool:
 
 
 def connect(settings: Settings) -> MongoClient[Document]:
-    """A client whose writes are acknowledged by the journal of a majority, and which fails fast."""
+    """A client whose writes are acknowledged by the journal of a majority, and which gives up soon.
+
+    A request has a time limit of its own (`pymongo.timeout`): what is set here lies within it where mongod is gone, and
+    lets a mongod that is only slow, on a starved machine, take a connection in nevertheless. For a check that came too
+    late would count as its absence, and every request would be refused until the next.
+    """
     return MongoClient(
         settings.mongodb_uri.get_secret_value(),
         w="majority",
@@ -61,8 +66,8 @@ def connect(settings: Settings) -> MongoClient[Document]:
         readConcernLevel="local",
         tz_aware=True,
         retryWrites=True,
-        serverSelectionTimeoutMS=2000,
-        connectTimeoutMS=2000,
+        serverSelectionTimeoutMS=4000,
+        connectTimeoutMS=10_000,
         appname="quern",
     )
 
