@@ -11,6 +11,7 @@ from typing import Final
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from quern.analytics import dimensions, schema
 from quern.analytics.build import open_duckdb, rewrite
@@ -21,6 +22,7 @@ from quern.store.connection import Db
 
 _DATED: Final = [table for table in schema.FACTS if table.dated]
 SPILL: Final = "spill"
+_ROWS: Final = 65_536
 _SUFFIXES: Final = (".parquet", ".writing")
 
 
@@ -133,7 +135,10 @@ class Assembly:
             where = " AND ".join(f"day <> DATE '{day}'" for day in replaced) or "true"
             parts.append(f"SELECT {columns} FROM {self._files([old])} WHERE {where}")  # noqa: S608 - own names
         connection.execute(f"CREATE OR REPLACE TEMP VIEW merging AS {' UNION ALL '.join(parts)}")
-        merged = rewrite(connection, "merging", self._work.root, table, tenant, month, self._generation)
+        if old is None:
+            merged = self._append(table, tenant, month, news)
+        else:
+            merged = rewrite(connection, "merging", self._work.root, table, tenant, month, self._generation)
         expected = _fingerprint(connection, "merging")
         found: tuple[int, int | None] = (0, None)
         if merged is not None:
@@ -145,6 +150,17 @@ class Assembly:
         self._work.merged[place] = merged
         self._work.save()
         return merged
+
+    def _append(self, table: schema.Table, tenant: str, month: str, news: list[Partition]) -> Partition | None:
+        """One file of the rows of others, which are ordered already, as far as a writer's memory goes: so in little."""
+        root = self._work.root
+        with PartitionWriter(root, table, tenant, month, self._generation) as writer:
+            for partition in sorted(news, key=lambda item: item.period):
+                with pq.ParquetFile(root / partition.path) as file:
+                    for rows in file.iter_batches(_ROWS, columns=table.names):
+                        whole = rows.cast(table.arrow)
+                        writer.write_sorted(pa.RecordBatch.from_arrays(whole.columns, schema=table.arrow))
+            return writer.close()
 
     def _files(self, partitions: list[Partition]) -> str:
         listed = ", ".join(schema.quote(str(self._work.root / item.path)) for item in partitions)
