@@ -32,9 +32,9 @@ class Load:
     def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while self.answered < 20 and not self.failures:
-            assert time.monotonic() < deadline, "expected answers within a minute"
+            assert time.monotonic() < deadline, "expected answers within five minutes"
             time.sleep(0.1)
         return self
 

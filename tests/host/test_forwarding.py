@@ -26,7 +26,7 @@ from tests.waf.debian import unpacked
 pytestmark = pytest.mark.full
 
 SYSLOG_PORT, OTLP_PORT = 6514, 4318
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 300
 PINS = ROOT / "requirements-collector.txt"
 Play = Callable[..., Played]
 

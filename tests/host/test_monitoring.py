@@ -10,7 +10,7 @@ from quern.embedded.smtp_sink import SmtpSink
 from tests.host.conftest import Place
 
 UNITS = ("prometheus", "prometheus-alertmanager", "prometheus-node-exporter", "prometheus-redis-exporter")
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 300
 
 
 def query(host: Host, expression: str) -> list[dict[str, Any]]:
