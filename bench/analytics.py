@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--explain", type=Path)
     parser.add_argument("--only", action="append", default=[], help="a question's name; again for another")
-    parser.add_argument("--cached", type=int, default=2000, help="how many kept answers to ask for")
+    parser.add_argument("--cached", type=int, default=2000, help="how many kept answers to ask for; 0: none")
     chosen = parser.parse_args()
     manifest = Manifest.load(chosen.warehouse)
     sizes = {name: sum(item.rows for item in parts) for name, parts in manifest.tables["fact_response"].items()}
@@ -390,7 +390,8 @@ def main() -> None:
     warehouse = Warehouse(chosen.warehouse, engine, seconds=600)
     load = os.getloadavg()[0]
     print(f"{sizes[tenant]} of {sum(sizes.values())} responses, {chosen.threads} threads, load {load:.1f} before")
-    cached(warehouse, tenant, chosen.cached)
+    if chosen.cached:
+        cached(warehouse, tenant, chosen.cached)
     if chosen.load is None:
         return
     with Mongod(chosen.load, cache_gigabytes=4.0) as server, MongoClient[Document](server.uri, tz_aware=True) as client:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from quern.analytics import dimensions, schema
 from quern.analytics.build import open_duckdb, rewrite
+from quern.analytics.integrity import days_in
 from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
 from quern.analytics.partition import PartitionWriter
 from quern.analytics.work import Span, Work
@@ -97,6 +98,9 @@ class Assembly:
         touched = {month_of(day) for day in replaced}
         for month in sorted({*old_months, *days}):
             old, news = old_months.get(month), days.get(month, [])
+            if old is not None and month in touched and days_in(self._work.root / old.path) <= replaced:
+                # Nothing of it stays, so there is nothing to merge with.
+                old = None
             if old is not None and month not in touched:
                 kept.append(old)
             elif old is None and not is_closed(month, self._today, self._after):
