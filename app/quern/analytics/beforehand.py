@@ -47,9 +47,11 @@ def answer_in_a_process(stop: threading.Event) -> int:
 
 def main() -> None:
     """Answer, and say how many answers were not kept yet."""
-    os.nice(_NICE)
+    # A unit's sandbox may refuse either.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_GIVES_WAY)
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
     from quern.analytics.service import ProcessSettings, make_desk
     from quern.observe import logs
 
