@@ -14,7 +14,7 @@ UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes 
 PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* molecule/*-host .ci/*)
 SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* molecule/*-host .ci/*)
 
-.PHONY: help setup demo demo-check test lint test-app test-waf test-roles bundle test-host test-host-full test-vm-smoke test-vm lint-ansible format lock clean
+.PHONY: help setup demo demo-check test lint test-app test-waf test-roles bundle test-host test-host-full test-role test-vm-smoke test-vm lint-ansible format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ test-host: setup ansible ## the whole site.yml on a blank Debian host in systemd
 
 test-host-full: setup ansible ## the same, then every operator verb: restore on a second host, air-gapped, rotations
 	@scripts/test-host full
+
+test-role: setup ansible ## one role on a blank host, with what it stands on: make test-role ROLE=redis (base, firewall, mongodb, redis, nginx)
+	@scripts/test-host role $(ROLE)
 
 test-vm-smoke: setup ansible ## a virtual machine boots, AppArmor enforces, a power cut loses nothing (root; minutes)
 	$(BIN)/python -m pytest -s -v -o faulthandler_timeout=7200 tests/vm/test_smoke.py
