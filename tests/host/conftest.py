@@ -6,6 +6,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.host.client import Client
 ROOT = Path(__file__).resolve().parents[2]
 RECEIVER_PORT = 8443
 MAIL_PORT = 2525
+#: A UNIX socket's path ends at 107 bytes, and a cache may lie deep.
+_SOCKETS = tempfile.TemporaryDirectory(prefix="q-", dir="/tmp")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,7 +72,7 @@ def host(place: Place) -> Host:
 def connect(place: Place) -> Host:
     """Commands run as root over SSH."""
     # One connection for all commands: the host takes only so many new ones a minute.
-    shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={place.folder}/ssh-%C"
+    shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={_SOCKETS.name}/%C"
     options = f"-o UserKnownHostsFile={place.known_hosts} {shared}"
     # A starved machine takes longer than testinfra's ten seconds to let somebody in.
     where = f"ssh://root@{place.address}"

@@ -4,6 +4,7 @@ import json
 import os
 import ssl
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -47,6 +48,9 @@ class Guest:
     def __init__(self, name: str) -> None:
         self.name = name
         self.facts: dict[str, Any] = {}
+        # A UNIX socket's path ends at 107 bytes, and a cache may lie deep.
+        self._sockets = tempfile.TemporaryDirectory(prefix="q-", dir="/tmp")
+        self._socket = Path(self._sockets.name) / "ssh"
 
     def start(self) -> None:
         """Run a fresh copy of the image: as it was saved when it served, else booted."""
@@ -144,7 +148,14 @@ class Guest:
 
     def _ssh(self) -> list[str]:
         # One connection for all commands: the guest's firewall takes only so many new ones a minute.
-        shared = ["-o", "ControlMaster=auto", "-o", "ControlPersist=1800", "-o", f"ControlPath={self.folder}/ssh"]
+        shared = [
+            "-o",
+            "ControlMaster=auto",
+            "-o",
+            "ControlPersist=1800",
+            "-o",
+            f"ControlPath={self._socket}",
+        ]
         alive = ["-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=10", "-o", "ConnectTimeout=120"]
         known = ["-o", f"UserKnownHostsFile={self.facts['known_hosts']}", "-o", "LogLevel=ERROR"]
         who = ["-i", self.facts["key"], "-p", str(self.facts["ssh_port"]), f"root@{self.facts['address']}"]
@@ -153,8 +164,8 @@ class Guest:
     def _forget_connection(self) -> None:
         if self.facts:
             subprocess.run(
-                ["ssh", "-o", f"ControlPath={self.folder}/ssh", "-O", "exit", f"root@{self.facts['address']}"],
+                ["ssh", "-o", f"ControlPath={self._socket}", "-O", "exit", f"root@{self.facts['address']}"],
                 capture_output=True,
                 check=False,
             )
-            (self.folder / "ssh").unlink(missing_ok=True)
+            self._socket.unlink(missing_ok=True)

@@ -147,19 +147,25 @@ def test_a_model_at_work_is_never_let_go_of_and_the_other_still_gets_its_turn(ro
 def test_a_request_for_a_model_that_is_being_let_go_of_is_answered_by_its_next_load(
     room_for_one: RunningEngine, wait_until: WaitUntil
 ) -> None:
-    client = room_for_one.client
-    _ask(client, "red")
+    # On a busy machine the process may have ended before it is looked for: then once more.
+    assert any(_asked_while_it_is_let_go_of(room_for_one, wait_until) for _ in range(5))
+
+
+def _asked_while_it_is_let_go_of(engine: RunningEngine, wait_until: WaitUntil) -> bool:
+    """Whether the second request for `red` came while the process of the first was ending."""
+    _ask(engine.client, "red")
     answers: list[Generation] = []
-    other = threading.Thread(target=lambda: answers.append(_ask(client, "green")))
+    other = threading.Thread(target=lambda: answers.append(_ask(engine.client, "green")))
     # A process that is stopped takes its time to end: the request below comes in the midst of it.
-    newest = int(room_for_one._children()[-1])
+    newest = int(engine._children()[-1])
     os.kill(newest, signal.SIGSTOP)
     other.start()
-    wait_until(lambda: "red" not in _loaded(client), "the model to be let go of")
-    assert str(newest) in room_for_one._children()
-    assert _ask(client, "red", deadline=60.0).model == "red"
+    wait_until(lambda: "red" not in _loaded(engine.client), "the model to be let go of")
+    ending = str(newest) in engine._children()
+    assert _ask(engine.client, "red", deadline=60.0).model == "red"
     other.join(timeout=180)
     assert [answer.model for answer in answers] == ["green"]
+    return ending
 
 
 def test_a_request_that_waits_for_room_ends_at_its_deadline_and_holds_nobody_up(room_for_one: RunningEngine) -> None:

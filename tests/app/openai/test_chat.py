@@ -2,6 +2,7 @@
 
 import base64
 import math
+import socket
 import struct
 from typing import Any
 
@@ -238,6 +239,20 @@ def test_what_is_no_request_is_refused_in_the_same_form(lab: Lab) -> None:
         assert answer.status == status, (method, path)
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
         assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_refusal_reaches_who_still_sends_the_body(lab: Lab, right: bool) -> None:
+    """Over the process's own socket: nginx, which sends there, would answer a closed connection with 503."""
+    key, body = lab.key() if right else "qk_of_nobody", b"[" * 3_000_000
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(str(lab.stack.directory / "events.sock"))
+            client.sendall(head.encode() + body)
+            assert client.recv(4096).startswith(b"HTTP/1.1 413 " if right else b"HTTP/1.1 401 ")
 
 
 def test_the_job_behind_an_answer_is_named_and_can_be_looked_at(lab: Lab, client: openai.OpenAI) -> None:
