@@ -30,7 +30,7 @@ demo-check: setup ## the same without staying up: exit 0 only if every result is
 
 test: lint test-app test-roles test-waf ## everything that CI runs; test-host and test-vm run by hand
 
-test-all: lint ansible ## the same, with test-host beside it and test-vm-smoke after it (root; 45 minutes)
+test-all: lint ansible ## the same, with test-host beside it and test-vm-smoke after it (root; half an hour)
 	@scripts/test-all
 
 lint: setup ## style, types, shell, pinned requirements
