@@ -37,6 +37,14 @@ def test_no_account_of_another_service_opens_the_database(host: Host) -> None:
     assert host.run("runuser -u nginx -- ls /run/mongodb").rc != 0
 
 
+def test_mongods_keyfile_is_for_mongod_alone(host: Host) -> None:
+    # Whatever mode systemd gives a credential: a group's right to read it would keep mongod from starting.
+    file = host.file("/run/mongodb/keyfile")
+    assert (file.user, file.group, file.mode) == ("mongodb", "mongodb", 0o400)
+    pid = host.check_output("systemctl show -p MainPID --value mongod")
+    assert host.file(f"/proc/{pid}/cmdline").content.endswith(b"--keyFile\0/run/mongodb/keyfile\0")
+
+
 def test_redis_refuses_who_has_no_account(host: Host) -> None:
     answer = host.run("redis-cli -s /run/redis-queue/redis.sock ping")
     assert "NOAUTH" in answer.stdout
