@@ -143,11 +143,20 @@ class Vocabulary:
 
 
 class Model:
-    """The weights of one GGUF file. Free it with `close` when no context uses it."""
+    """The weights of one GGUF file. Free it with `close` when no context uses it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        packed: whether ggml lays the weights out as its own kernels read them best. OpenBLAS cannot read such weights, so
+            without a word they are packed where it is not up in this process.
+    """
+
+    def __init__(self, path: Path, *, packed: bool | None = None) -> None:
+        packed = not blas_is_available() if packed is None else packed
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = packed
+        # What is packed is a copy: the file's pages would be held beside it for nothing.
+        parameters.load_mode = api.LLAMA_LOAD_MODE_NONE if packed else api.LLAMA_LOAD_MODE_MMAP
         handle = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not handle:
             raise LlamaError(f"{path.name}: llama.cpp cannot load this file")

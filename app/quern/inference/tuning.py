@@ -33,7 +33,7 @@ from quern.inference.pace import free_cores
 log = logging.getLogger(__name__)
 
 #: Raised when what was remembered before cannot be believed any more.
-_LAYOUT = "4"
+_LAYOUT = "5"
 PROMPT_TOKENS, REPETITIONS = 256, 3
 #: Above this size a model's file is measured with a shorter prompt: seconds instead of minutes.
 LARGE_FILE, SHORT_PROMPT_TOKENS = 1 << 30, 64
@@ -248,7 +248,9 @@ def _key(sha256: str, threads: int) -> str:
     first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     cpu = [line for line in first.splitlines() if line.startswith(("model name", "cpu family", "flags"))]
     openblas = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("OPENBLAS_")]
-    parts = [_LAYOUT, sha256, str(threads), *cpu, *openblas, metadata.version("llama-cpp-python")]
+    # Two builds of one version differ in the hashes of their libraries.
+    build = metadata.distribution("llama-cpp-python").read_text("RECORD") or ""
+    parts = [_LAYOUT, sha256, str(threads), *cpu, *openblas, build]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -142,13 +142,13 @@ def chat_path(models_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def model(chat_path: Path) -> llama.Model:
     """The chat model, loaded once in the test's own process."""
-    llama.start_backend(blas=True)
+    llama.start_backend(blas=False)
     return llama.Model(chat_path)
 
 
 @pytest.fixture(scope="session")
 def options() -> BackendOptions:
-    return BackendOptions(threads=1, poll=0, blas=True)
+    return BackendOptions(threads=1, poll=0, blas=False)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ InThreads = Callable[[list[Callable[[], object]]], list[object]]
 BABBLE = "one two three four " * 8
 
 
-def _ask(text: str = "What is the capital of France?", **fields: Any) -> GenerateRequest:
+def _ask(text: str = "Complete this sentence: The capital of France is", **fields: Any) -> GenerateRequest:
     fields = {"tenant": "t", "max_tokens": 12, **fields}
     return GenerateRequest(messages=[Message(role="user", content=text)], **fields)
 
