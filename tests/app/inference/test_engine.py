@@ -237,8 +237,8 @@ def test_embeddings_and_classes_come_over_the_same_socket(client: EngineClient) 
 
 
 def test_tokens_are_counted_as_they_will_be_used(client: EngineClient) -> None:
-    messages = [Message(role="user", content="What is the capital of France?")]
-    assert client.count_tokens("t", messages=messages) == client.generate(_ask()).prompt_tokens
+    asked = _ask()
+    assert client.count_tokens("t", messages=asked.messages) == client.generate(asked).prompt_tokens
 
 
 def test_a_purge_forgets_vectors_and_prefixes(client: EngineClient, wait_until: WaitUntil) -> None:

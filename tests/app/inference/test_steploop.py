@@ -106,7 +106,10 @@ def test_greedy_answers_are_the_librarys_own(chat_path: Path, bench: Bench) -> N
         "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
         "def fibonacci(n):\n",
     ]
-    library = llama_cpp.Llama(str(chat_path), n_ctx=CONTEXT, n_batch=256, n_threads=1, n_threads_batch=1, verbose=False)
+    # With the same attention: another one rounds otherwise, and the likeliest two tokens are often nearly alike.
+    library = llama_cpp.Llama(
+        str(chat_path), n_ctx=CONTEXT, n_batch=256, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False
+    )
     for prompt in prompts:
         number = bench.submit(prompt, max_tokens=24)
         answer = bench.run().results[number]
