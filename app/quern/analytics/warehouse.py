@@ -11,10 +11,11 @@ from typing import Final
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from quern.analytics import dimensions, schema
-from quern.analytics.build import open_duckdb, rewrite
+from quern.analytics.build import open_duckdb
 from quern.analytics.integrity import days_in
 from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
 from quern.analytics.partition import PartitionWriter
@@ -139,10 +140,7 @@ class Assembly:
             where = " AND ".join(f"day <> DATE '{day}'" for day in replaced) or "true"
             parts.append(f"SELECT {columns} FROM {self._files([old])} WHERE {where}")  # noqa: S608 - own names
         connection.execute(f"CREATE OR REPLACE TEMP VIEW merging AS {' UNION ALL '.join(parts)}")
-        if old is None:
-            merged = self._append(table, tenant, month, news)
-        else:
-            merged = rewrite(connection, "merging", self._work.root, table, tenant, month, self._generation)
+        merged = self._append(table, tenant, month, old, replaced, news)
         expected = _fingerprint(connection, "merging")
         found: tuple[int, int | None] = (0, None)
         if merged is not None:
@@ -155,13 +153,27 @@ class Assembly:
         self._work.save()
         return merged
 
-    def _append(self, table: schema.Table, tenant: str, month: str, news: list[Partition]) -> Partition | None:
-        """One file of the rows of others, which are ordered already, as far as a writer's memory goes: so in little."""
-        root = self._work.root
+    def _append(
+        self,
+        table: schema.Table,
+        tenant: str,
+        month: str,
+        old: Partition | None,
+        replaced: list[date],
+        news: list[Partition],
+    ) -> Partition | None:
+        """One file of the rows of `old`, but for the days in `replaced`, and of `news`.
+
+        They are ordered already, as far as a writer's memory goes, and stay so: a merge needs no more memory than that,
+        however large the month is.
+        """
+        root, gone = self._work.root, pa.array(replaced, pa.date32())
         with PartitionWriter(root, table, tenant, month, self._generation) as writer:
-            for partition in sorted(news, key=lambda item: item.period):
+            for partition in [*([old] if old else []), *sorted(news, key=lambda item: item.period)]:
                 with pq.ParquetFile(root / partition.path) as file:
                     for rows in file.iter_batches(_ROWS, columns=table.names):
+                        if partition is old:
+                            rows = rows.filter(pc.invert(pc.is_in(rows.column("day"), gone)))
                         whole = rows.cast(table.arrow)
                         writer.write_sorted(pa.RecordBatch.from_arrays(whole.columns, schema=table.arrow))
             return writer.close()

@@ -1,11 +1,13 @@
-"""The ETL's own account of MongoDB: what docs/analytics-etl.md grants is enough for every command, and for no write."""
+"""The ETL's own account of MongoDB: what roles/mongodb gives it is enough for every command, and for no write."""
 
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
+import yaml
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
@@ -16,8 +18,15 @@ from quern.migrations import migrate
 from quern.store.connection import Document
 from tests.app.analytics.desk import RESULTS, Desk, moment
 
-_GRANTED = [{"resource": {"db": "quern", "collection": ""}, "actions": ["find", "changeStream"]}]
 _OWNER, _READER = "owner", "quern-etl"
+_ROLE = Path(__file__).parents[3] / "roles" / "mongodb" / "vars" / "main.yml"
+
+
+def _granted() -> list[dict[str, Any]]:
+    """What the appliance gives the account."""
+    accounts = yaml.safe_load(_ROLE.read_text())["mongodb_accounts"]
+    (found,) = [account["roles"] for account in accounts if account["name"] == _READER]
+    return list(found)
 
 
 class _Guarded(Mongod):
@@ -42,8 +51,7 @@ def guarded(run_directory: Path) -> Iterator[_Guarded]:
     with Mongod(run_directory / "m") as open_to_all, MongoClient[Document](open_to_all.uri) as client:
         admin = client.admin
         admin.command("createUser", _OWNER, pwd="secret", roles=["root"])
-        admin.command("createRole", "reads", privileges=_GRANTED, roles=[])
-        admin.command("createUser", _READER, pwd="secret", roles=["reads"])
+        admin.command("createUser", _READER, pwd="secret", roles=_granted())
     with _Guarded(run_directory / "m") as server:
         yield server
 
