@@ -135,7 +135,7 @@ def restore_turns(store: Store) -> int:
 
 
 def wake_ready(store: Store, waker: Waker) -> None:
-    """Send wake-ups for every queue in which a turn is due: a wiped Redis costs one reconciler period."""
+    """Send wake-ups for every queue in which a turn is due: a retry, or what a wiped Redis forgot."""
     for name in turns.ready_queues(store.db, clock.now()):
         waker.wake(name, CONCURRENCY[Queue(name)])
 
@@ -150,12 +150,11 @@ def expire(store: Store, registry: Registry) -> int:
     return ended
 
 
-def reconcile(store: Store, registry: Registry, waker: Waker) -> None:
-    """One pass."""
+def mend(store: Store, registry: Registry) -> None:
+    """One pass over what crashes and deadlines leave. What is due now is `wake_ready`'s, more often."""
     rescue(store, registry)
     reopen(store)
     expire(store, registry)
-    wake_ready(store, waker)
 
 
 def observe(store: Store) -> None:

@@ -19,6 +19,8 @@ from quern.store.connection import Store
 
 _log = logging.getLogger(__name__)
 _TICK_EVERY = 5.0
+#: Passes of the reconciler for one that also mends what crashes and deadlines left: that may wait a little.
+_MEND_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,26 @@ class Chore:
     do: Callable[[], object]
 
 
-def _chore(store: Store, chore: Chore, holder: str) -> None:
-    if schedule.take_lead(store, chore.name, holder, seconds=chore.every + 10):
+class _Lead:
+    """Whether this scheduler does a chore: a lease, which is renewed by the time that half of it is over."""
+
+    def __init__(self, store: Store, chore: Chore, holder: str) -> None:
+        self._take = partial(schedule.take_lead, store, chore.name, holder, seconds=chore.every + 10)
+        self._half = (chore.every + 10) / 2
+        self._renew = 0.0
+
+    def holds(self) -> bool:
+        now = time.monotonic()
+        if now < self._renew:
+            return True
+        if not self._take():
+            return False
+        self._renew = now + self._half
+        return True
+
+
+def _chore(chore: Chore, lead: _Lead) -> None:
+    if lead.holds():
         chore.do()
 
 
@@ -56,11 +76,15 @@ def main(
     """Run until `stop`. Any number of schedulers may run; reconciling is idempotent and chores have one leader."""
     holder = f"{socket.gethostname()}:{os.getpid()}"
     next_run = {chore.name: 0.0 for chore in chores}
-    next_ticks = 0.0
+    leads = {chore.name: _Lead(store, chore, holder) for chore in chores}
+    next_ticks, passes = 0.0, 0
     enqueue = Enqueuer(store, waker)
     while not stop.is_set():
         began = time.monotonic()
-        _attempt("reconcile", lambda: reconciler.reconcile(store, registry, waker))
+        if passes % _MEND_EVERY == 0:
+            _attempt("mend", lambda: reconciler.mend(store, registry))
+        passes += 1
+        _attempt("wake", lambda: reconciler.wake_ready(store, waker))
         if began >= next_ticks:
             next_ticks = began + _TICK_EVERY
             for tick in ticks:
@@ -68,5 +92,5 @@ def main(
         for chore in chores:
             if began >= next_run[chore.name]:
                 next_run[chore.name] = began + chore.every
-                _attempt(chore.name, partial(_chore, store, chore, holder))
+                _attempt(chore.name, partial(_chore, chore, leads[chore.name]))
         stop.wait(max(0.01, store.settings.job.reconcile_every - (time.monotonic() - began)))

@@ -37,6 +37,8 @@ _QUICK = 0.001
 _OVERDUE = 0.25
 #: Seconds between two batches of quick jobs while they keep coming.
 _BREATH = 0.005
+#: Seconds that an idle thread waits for a wake-up before it asks again: each asking is a request, and there are many.
+ASK_AGAIN = 5.0
 #: Seconds between two wake-ups that a busy worker sends for others while it leaves work behind.
 _WOKEN = 0.05
 _LOST_LEASE = "lost the lease of a job; its next worker does it again"
@@ -159,7 +161,8 @@ class Worker:
         `stop`: set by whoever caught a signal before Huey's consumer took the signals over.
         """
         settings = self._store.settings
-        huey = wake.make_huey(self._queue.value, self._store.redis_queue_url, timeout=5.0)
+        huey = wake.make_huey(self._queue.value, self._store.redis_queue_url, timeout=2 * ASK_AGAIN)
+        huey.storage.read_timeout = ASK_AGAIN
         wake.bind(huey, self.drain)
         consumer = Consumer(
             huey,
@@ -179,6 +182,7 @@ class Worker:
         threading.Thread(target=self._drain_at_start, name="first drain", daemon=True).start()
         threading.Thread(target=self._announce, name="announcer", daemon=True).start()
         threading.Thread(target=self._watch_ahead, name="ahead", daemon=True).start()
+        threading.Thread(target=self._end_waits, args=(consumer.stop_flag,), name="end of waits", daemon=True).start()
         if stop is not None:
             threading.Thread(target=_pass_on, args=(stop, consumer.stop_flag), name="early stop", daemon=True).start()
         consumer.run()
@@ -188,6 +192,15 @@ class Worker:
     def _drain_at_start(self) -> None:
         # Work may have been waiting while no worker lived and its wake-ups were merged or lost.
         self._waker.wake(self._queue.value, self._concurrency)
+
+    def _end_waits(self, stop: threading.Event) -> None:
+        """Let the threads that wait for a wake-up see that the worker stops: it ends when all of them have."""
+        stop.wait()
+        deadline = time.monotonic() + 2 * ASK_AGAIN
+        while time.monotonic() < deadline:
+            self._waker.wake(self._queue.value, self._concurrency)
+            # Another worker of the queue may have taken them.
+            time.sleep(0.5)
 
     def _announce(self) -> None:
         while not self._stopping():

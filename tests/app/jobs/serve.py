@@ -1,5 +1,5 @@
 """A process of the queue with handlers for tests: `python -m tests.app.jobs.serve WHAT`, which is `worker[:QUEUE]`,
-`stopped`, `scheduler` or `die`.
+`stopped`, `patient`, `scheduler` or `die`.
 
 Settings come from the environment, as in production. Each run of a job is noted in `effects`.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from pymongo.client_session import ClientSession
 
 from quern.config import LiveSettings
-from quern.jobs import queue, scheduler
+from quern.jobs import queue, scheduler, worker
 from quern.jobs.handler import Context, Handler, Registry, RetryLater, Tick
 from quern.jobs.model import Job, NewJob, Queue
 from quern.jobs.wake import Waker
@@ -66,10 +66,13 @@ def _die_after_commit(store: Store) -> None:
 def main() -> None:
     """Be what the first argument says."""
     logging.basicConfig(level="INFO")
+    what, _, name = sys.argv[1].partition(":")
+    if what == "patient":
+        worker.ASK_AGAIN = 3600.0
+        os.environ["QUERN_JOB__DRAIN_TIMEOUT"] = "600"
     store = Store(LiveSettings())
     waker = Waker(store.redis_queue_url)
-    what, _, name = sys.argv[1].partition(":")
-    if what == "worker":
+    if what in ("worker", "patient"):
         Worker(store, REGISTRY, waker, Queue(name or "default")).run()
     elif what == "stopped":
         stop = threading.Event()

@@ -146,6 +146,15 @@ def test_a_drained_worker_finishes_what_it_can(store: Store, start: Start) -> No
     assert read(store, identity)["state"] == "done"
 
 
+def test_threads_that_wait_for_a_wake_up_do_not_keep_a_worker_from_ending(store: Store, start: Start) -> None:
+    patient = start("patient")
+    ids = enqueue(store, new_job("nothing"))
+    wait_until(lambda: all_done(store, ids), "the worker to be at work")
+    assert patient.pid is not None
+    os.kill(patient.pid, signal.SIGINT)
+    wait_until(lambda: patient.pid is None, "the worker to end")
+
+
 def test_emptying_redis_at_any_time_loses_nothing(store: Store, start: Start, own_redis: RedisServer) -> None:
     start("scheduler")
     start("worker")
