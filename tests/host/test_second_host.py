@@ -39,9 +39,11 @@ def second() -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "bundle.tar"
-    cache = Path(os.environ.get("QUERN_CACHE") or Path.home() / ".cache" / "quern")
     # The same as on the first host, see molecule/inventory.
-    wheel = max(cache.glob("llama/*/llama_cpp_python-*.whl"), key=lambda found: found.stat().st_mtime)
+    built = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/build-llama")], check=True, capture_output=True, text=True
+    )
+    wheel = Path(built.stdout.splitlines()[-1])
     command = [sys.executable, str(ROOT / "scripts/bundle"), "--llama", str(wheel.parent), "--into", str(path)]
     subprocess.run(command, check=True)
     return path
