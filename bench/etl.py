@@ -2,6 +2,7 @@
 
     python bench/etl.py load --data /tmp/etl --responses 1000000 --days 100
     python bench/etl.py rate --data /tmp/etl        # bare rate, the first run of the ETL, its memory, verification
+    python bench/etl.py stages --data /tmp/etl      # where the processor's time of a run goes
     python bench/etl.py day  --data /tmp/etl        # one day more, and what it costs
     python bench/etl.py api  --responses 100000     # p99 of the API, idle and while the ETL runs
 
@@ -11,6 +12,7 @@ JSONL, Parquet and the star schema, reads them back and compares.
 """
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -20,7 +22,9 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,8 +38,10 @@ from cryptography.fernet import Fernet
 from etl_documents import load, register
 from pymongo import MongoClient
 
-from quern.analytics import follow
+from quern.analytics import build, extract, flatten, follow, partition, source, tally, warehouse
+from quern.analytics.etl import Etl, Range
 from quern.analytics.manifest import Manifest, Source
+from quern.analytics.settings import AnalyticsSettings
 from quern.embedded.mongod import Mongod
 from quern.embedded.process import ChildProcess
 from quern.embedded.provision import mongod_binary
@@ -48,6 +54,7 @@ _BATCH = 5000
 _DATABASE = "quern"
 _COLLECTIONS = ("responses", "audit", "jobs")
 _LAST = date(2026, 11, 20)
+_RANGE = ("since", "until", "tenant")
 
 
 def _mongod(data: Path) -> Mongod:
@@ -152,32 +159,40 @@ def _environment(uri: str, data: Path) -> dict[str, str]:
     }
 
 
-def etl(uri: str, data: Path, *command: str) -> tuple[dict[str, Any], float]:
-    """What `quern etl …` reports, and its peak memory in MB."""
+def etl(uri: str, data: Path, *command: str) -> tuple[dict[str, Any], list[float]]:
+    """What `quern etl …` reports, and its memory (MB) every fifth of a second; the last is its peak."""
     child = subprocess.Popen(
         [sys.executable, "-m", "quern.cli.main", "etl", *command, "--json"],
         env=_environment(uri, data),
         stdout=subprocess.PIPE,
     )
-    peak = [0.0]
-    watcher = threading.Thread(target=_watch_memory, args=(child, peak), daemon=True)
+    memory: list[float] = []
+    watcher = threading.Thread(target=_watch_memory, args=(child, memory), daemon=True)
     watcher.start()
     out, _ = child.communicate()
     if child.returncode:
         raise SystemExit(f"quern etl {' '.join(command)} ended with {child.returncode}: {out.decode()[-2000:]}")
-    return dict(json.loads(out)), peak[0]
+    watcher.join()
+    return dict(json.loads(out)), memory
 
 
-def _watch_memory(child: "subprocess.Popen[bytes]", peak: list[float]) -> None:
-    """Keep the highest `VmHWM` (MB) of a process."""
-    while child.poll() is None:
-        try:
-            for line in Path(f"/proc/{child.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    peak[0] = max(peak[0], int(line.split()[1]) / 1024)
-        except OSError:
-            return
-        time.sleep(0.2)
+def _watch_memory(child: "subprocess.Popen[bytes]", memory: list[float]) -> None:
+    """Take down `VmRSS` (MB) of a process, and at last the highest `VmHWM`."""
+    peak = 0.0
+    with suppress(OSError, KeyError):
+        while child.poll() is None:
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+            status = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
+            memory.append(int(status["VmRSS"].split()[0]) / 1024)
+            peak = int(status["VmHWM"].split()[0]) / 1024
+            time.sleep(0.2)
+    memory.append(peak)
+
+
+def _by_fifths(memory: list[float]) -> str:
+    """The highest of each fifth of a run: whether it grows with the rows."""
+    size = max(1, len(memory) // 5)
+    return ", ".join(f"{max(memory[place : place + size]):.0f}" for place in range(0, size * 5, size) if memory[place:])
 
 
 def run_rate(arguments: argparse.Namespace) -> None:
@@ -189,16 +204,17 @@ def run_rate(arguments: argparse.Namespace) -> None:
         rate, bare_cpu = _bare_rate(client[_DATABASE], server, data, arguments.limit)
         before = _cpu(server.pid)
         command = ["run"]
-        if arguments.since:
+        asked = [f"--{name}={value}" for name in _RANGE if (value := getattr(arguments, name))]
+        if asked:
             _begin_empty(client[_DATABASE], data)
-            command += ["--since", arguments.since, "--until", arguments.until]
-        report, peak = etl(server.uri, data, *command)
+            command += asked
+        report, memory = etl(server.uri, data, *command)
         mine = report["documents"] / report["seconds"]
         cpu = (_cpu(server.pid) - before) / report["documents"] * 1e6
         print(
             f"etl: {stored} responses, {report['documents']} documents in {report['seconds']:.1f} s, {mine:.0f}/s, "
             f"{cpu:.0f} µs of CPU each; ratio {mine / rate:.2f} by the clock, {bare_cpu / cpu:.2f} by CPU; "
-            f"peak {peak:.0f} MB",
+            f"peak {memory[-1]:.0f} MB, in each fifth of the time {_by_fifths(memory[:-1])}",
             flush=True,
         )
         sizes = {name: _size(data / name) for name in ("warehouse", "extract")}
@@ -238,6 +254,101 @@ def _size(directory: Path) -> int:
     return round(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6)
 
 
+class _Stages:
+    """Seconds of CPU of some functions, those of each without those of others within it, by thread."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._within = threading.local()
+
+    @contextmanager
+    def _of(self, stage: str) -> Iterator[None]:
+        stack: list[float] = self._within.__dict__.setdefault("stack", [])
+        stack.append(0.0)
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            spent = time.thread_time() - began
+            self.seconds[stage] += spent - stack.pop()
+            if stack:
+                stack[-1] += spent
+
+    def watch(self, owner: Any, name: str, stage: str) -> None:
+        """Count a function; of one that yields, each step."""
+        plain = getattr(owner, name)
+
+        def steps(found: Iterator[Any]) -> Iterator[Any]:
+            while True:
+                with self._of(stage):
+                    item = next(found, None)
+                if item is None:
+                    return
+                yield item
+
+        def watched(*positional: Any, **named: Any) -> Any:
+            if inspect.isgeneratorfunction(plain) or stage == _DECODING:
+                return steps(plain(*positional, **named))
+            with self._of(stage):
+                return plain(*positional, **named)
+
+        setattr(owner, name, watched)
+
+
+_DECODING = "decode and hash"
+_WATCHED = (
+    (source.SpanReader, "responses", _DECODING),
+    (source.SpanReader, "audit", _DECODING),
+    (source.SpanReader, "counts", "MongoDB's counts, and jobs"),
+    (source.SpanReader, "jobs", "MongoDB's counts, and jobs"),
+    (source.SpanReader, "count_jobs", "MongoDB's counts, and jobs"),
+    (flatten.Flattener, "batches", "flatten"),
+    (flatten._Group, "shred", "take values out"),
+    (tally.Tally, "add_documents", "sums of MongoDB's side"),
+    (build.Sample, "offer", "sample"),
+    (extract._DayWriter, "write", "extract: JSON"),
+    (extract._DayWriter, "_flush", "extract: Parquet"),
+    (extract._DayWriter, "close", "extract: close"),
+    (extract, "_open_lines", "extract: open"),
+    (extract, "_open_table", "extract: open"),
+    (extract.Extract, "replace", "extract: put in place"),
+    (partition.PartitionWriter, "_write_out", "Parquet of the facts"),
+    (partition.PartitionWriter, "write", "gather"),
+    (build, "read_back", "read back and compare"),
+    (build, "audit_rows", "rows of the audit"),
+    (build.Builder, "build", "rest of building"),
+    (warehouse.Assembly, "assemble", "put months together"),
+)
+
+
+def run_stages(arguments: argparse.Namespace) -> None:
+    """A run within this process, its functions timed (which costs a few per cent)."""
+    data, stages = arguments.data, _Stages()
+    for owner, name, stage in _WATCHED:
+        stages.watch(owner, name, stage)
+    with _mongod(data) as server, _client(server) as client:
+        for name in ("warehouse", "extract"):
+            shutil.rmtree(data / name, ignore_errors=True)
+        asked = Range(arguments.since, arguments.until, arguments.tenant)
+        if asked != Range():
+            _begin_empty(client[_DATABASE], data)
+        settings = AnalyticsSettings(warehouse=data / "warehouse", extract=data / "extract")
+        before, of_server = os.times(), _cpu(server.pid) - sum(os.times()[:4])
+        report = Etl(client[_DATABASE], settings).run(asked)
+        after = os.times()
+        of_server = _cpu(server.pid) - sum(os.times()[:4]) - of_server
+    user, system = after[0] - before[0], after[1] - before[1]
+    each = 1e6 / report.documents
+    for stage, seconds in stages.seconds.most_common():
+        print(f"{stage:32} {seconds * each:6.2f} µs a document")
+    rest = user + system - sum(stages.seconds.values())
+    print(f"{'the rest, fetching ahead with it':32} {rest * each:6.2f} µs a document")
+    print(
+        f"{report.documents} documents: {(user + system) * each:.1f} µs of this process "
+        f"({system * each:.1f} of the kernel), {of_server * each:.1f} of mongod"
+    )
+
+
 def run_day(arguments: argparse.Namespace) -> None:
     """The days after the last loaded one, each with its run."""
     data, state = arguments.data, _state(arguments.data)
@@ -250,11 +361,11 @@ def run_day(arguments: argparse.Namespace) -> None:
             for _ in load(client[_DATABASE], last=day, jobs_days=1, seed=day.toordinal(), **size):
                 pass
             before = _cpu(server.pid)
-            report, peak = etl(server.uri, data, "run")
+            report, memory = etl(server.uri, data, "run")
             print(
                 f"a day at {stored} responses: {report['days']} tenant days, {report['documents']} documents, "
                 f"{report['events']} events, {report['seconds']:.1f} s, {_cpu(server.pid) - before:.1f} s of CPU; "
-                f"peak {peak:.0f} MB",
+                f"peak {memory[-1]:.0f} MB",
                 flush=True,
             )
             (data / "state.json").write_text(json.dumps({**state, "last": day.isoformat()}))
@@ -324,7 +435,13 @@ class _Caller:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, do in (("load", run_load), ("rate", run_rate), ("day", run_day), ("api", run_api)):
+    for name, do in (
+        ("load", run_load),
+        ("rate", run_rate),
+        ("stages", run_stages),
+        ("day", run_day),
+        ("api", run_api),
+    ):
         command = commands.add_parser(name)
         command.set_defaults(do=do)
         command.add_argument("--data", type=Path, required=name != "api")
@@ -333,8 +450,9 @@ def main() -> None:
         command.add_argument("--tenants", type=int, default=20)
         command.add_argument("--seconds", type=float, default=500, help="of each measurement of the API")
         command.add_argument("--limit", type=int, default=100_000, help="responses for the bare peer")
-        command.add_argument("--since", help="of `rate`: only these days of what is stored")
-        command.add_argument("--until")
+        command.add_argument("--since", type=date.fromisoformat, help="only these days of what is stored")
+        command.add_argument("--until", type=date.fromisoformat)
+        command.add_argument("--tenant", help="only this one's")
         command.add_argument("--times", type=int, default=3)
         command.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()

@@ -156,16 +156,16 @@ class Builder:
         sample: "Sample",
     ) -> bool:
         """Whether every value was what its form's version says."""
-        explained, flattener = True, Flattener()
+        explained, flattener, size = True, Flattener(), 0
         working: dict[str, Document] = {}
 
         def flush() -> None:
-            nonlocal flattener, explained, working
+            nonlocal flattener, explained, working, size
             for table, rows in flattener.batches():
                 writers[table.name].write(rows)
             explained = explained and flattener.explained
             self._write_jobs(reader, writers["fact_job"], tallies, working)
-            flattener, working = Flattener(), {}
+            flattener, working, size = Flattener(), {}, 0
 
         for chunk in reader.responses():
             self._pause()
@@ -180,7 +180,8 @@ class Builder:
                 tally.response_hash = source.signed(tally.response_hash + sum(part.digests))
                 for file in extracts:
                     file.write(part)
-            if flattener.count >= source.BATCH:
+            size += chunk.size
+            if flattener.count >= source.BATCH or size >= source.BATCH_BYTES:
                 flush()
         if flattener.count:
             flush()

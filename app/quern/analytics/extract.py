@@ -6,6 +6,7 @@ Each file is replaced whole, by rename, whenever its day is rewritten; a day wit
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +46,9 @@ AUDIT: Final = pa.schema(
         pa.field("hash", pa.int64(), False),
     ]
 )
-#: Rows of the Parquet file that are gathered.
+#: Rows of the Parquet file that are gathered, and the bytes of their lines.
 _BATCH: Final = 2000
+_BATCH_BYTES: Final = 8 << 20
 _NESTED: Final = frozenset({"answers", "results", "steps", "detail"})
 
 
@@ -64,10 +66,11 @@ class Extract:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-        if kind is not None:
-            for writer in self._written.values():
-                writer.abandon()
+        if kind is None:
+            self._close()
+            return
+        for writer in self._written.values():
+            writer.abandon()
 
     def write(self, chunk: DayChunk) -> None:
         """Add some documents of a day; a day that another followed does not come again."""
@@ -105,8 +108,12 @@ class _DayWriter:
         self._written = False
         self._rows: dict[str, list[Any]] = {}
         """What is written of the Parquet file with the next batch."""
+        self._gathered = 0
 
     def abandon(self) -> None:
+        # A full disk may be why; what was written goes all the same.
+        with suppress(OSError):
+            self._end()
         for path in (self._lines, self._parquet):
             _temporary(path).unlink(missing_ok=True)
 
@@ -132,18 +139,23 @@ class _DayWriter:
                 self._rows[name] += [row.get(name) for row in rows]
         for row in rows:
             del row["_id"]
-        self._line_file.write(b"".join([to_json(row, orjson.OPT_APPEND_NEWLINE) for row in rows]))
-        if len(self._rows["id"]) >= _BATCH:
+        lines = b"".join([to_json(row, orjson.OPT_APPEND_NEWLINE) for row in rows])
+        self._line_file.write(lines)
+        self._gathered += len(lines)
+        if len(self._rows["id"]) >= _BATCH or self._gathered >= _BATCH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if self._table_file is not None and self._rows["id"]:
             arrays = [pa.array(self._rows[field.name], field.type) for field in self._columns]
-            self._rows = {name: [] for name in self._columns.names}
+            self._rows, self._gathered = {name: [] for name in self._columns.names}, 0
             self._table_file.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._columns))
 
     def close(self) -> None:
         self._flush()
+        self._end()
+
+    def _end(self) -> None:
         if self._line_file is not None:
             self._line_file.close()
             self._line_file = None

@@ -101,7 +101,7 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
             stored.responses += len(chunk.documents)
             stored.response_hash = source.signed(stored.response_hash + sum(chunk.digests))
             stored.add_documents(chunk.documents)
-            sample.offer(source.DayChunk(chunk.documents, chunk.digests, day))
+            sample.offer(source.DayChunk(chunk.documents, chunk.digests, day=day))
             ids += [document["_id"] for document in chunk.documents]
         for first in range(0, len(ids), source.BATCH):
             for job in reader.jobs(ids[first : first + source.BATCH]):

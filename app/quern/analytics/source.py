@@ -39,6 +39,8 @@ JOB_FIELDS: Final = dict.fromkeys(
 
 #: Documents of one answer of the server, which sends 16 MiB at most.
 BATCH: Final = 2000
+#: Bytes of their BSON that are flattened together at most: answers can be large.
+BATCH_BYTES: Final = 16 << 20
 #: Documents that are decoded at once: few enough to stay in a processor's cache until they are done with.
 PIECE: Final = 128
 #: Moments without a zone, for speed: they are all UTC.
@@ -53,24 +55,26 @@ class Chunk:
 
     documents: list[Document]
     digests: list[int]
+    size: int = 0
+    """Bytes of their BSON."""
 
     def by_day(self, moment: str) -> "Iterator[DayChunk]":
         """Its runs of documents of one day, by the field that holds their moment, of which they are in order."""
         start = 0
         last = self.documents[-1][moment].date()
         if self.documents[0][moment].date() == last:
-            yield DayChunk(self.documents, self.digests, last)
+            yield DayChunk(self.documents, self.digests, day=last)
             return
         while start < len(self.documents):
             day = self.documents[start][moment].date()
             end = start + 1
             while end < len(self.documents) and self.documents[end][moment].date() == day:
                 end += 1
-            yield DayChunk(self.documents[start:end], self.digests[start:end], day)
+            yield DayChunk(self.documents[start:end], self.digests[start:end], day=day)
             start = end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DayChunk(Chunk):
     """Documents of one day."""
 
@@ -222,7 +226,7 @@ class SpanReader:
             for first in range(0, len(parts), PIECE):
                 piece = parts[first : first + PIECE]
                 end = place + sum(map(len, piece))
-                yield Chunk(bson.decode_all(raw[place:end], _PLAIN), list(map(digest, piece)))
+                yield Chunk(bson.decode_all(raw[place:end], _PLAIN), list(map(digest, piece)), end - place)
                 place = end
 
 

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quern.analytics import etl, partition
+from quern.analytics import etl, partition, source
 from quern.analytics.etl import BusyError, MismatchError, Range
+from quern.analytics.flatten import Flattener
 from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
-from quern.analytics.schema import FACT_ANSWER
+from quern.analytics.schema import FACT_ANSWER, Table
 from quern.analytics.shred import Column, Stripe, shred
 from quern.analytics.source import Chunk, SpanReader
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
@@ -116,6 +117,24 @@ def test_rows_that_do_not_fit_in_memory_are_written_and_merged_in_parts(
     assert [item.period for item in desk.manifest.partitions("fact_answer", desk.tenant)] == ["2026-03"]
     (path,) = desk.manifest.files("fact_answer", desk.tenant)
     assert pq.read_metadata(path).num_row_groups > 1
+    assert desk.holds()
+
+
+def test_large_answers_are_flattened_a_few_at_a_time(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "PIECE", 2)
+    monkeypatch.setattr(source, "BATCH_BYTES", 20_000)
+    at_once: list[int] = []
+    batches = Flattener.batches
+
+    def counted(flattener: Flattener) -> Iterator[tuple[Table, pa.RecordBatch]]:
+        at_once.append(flattener.count)
+        yield from batches(flattener)
+
+    monkeypatch.setattr(Flattener, "batches", counted)
+    for number in range(8):
+        desk.submit(moment("2026-03-07"), {"comment": str(number) * 9000})
+    desk.run()
+    assert at_once == [4, 4]
     assert desk.holds()
 
 
