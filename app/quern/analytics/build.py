@@ -5,6 +5,7 @@ moment: counts, hashes and sums of each day, and some of its documents field by 
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -339,6 +340,8 @@ def _equal(stored: Any, flattened: Any) -> bool:
         return stored is flattened
     if isinstance(stored, int) and isinstance(flattened, float):
         return float(stored) == flattened
+    if isinstance(stored, float) and math.isnan(stored):
+        return isinstance(flattened, float) and math.isnan(flattened)
     return type(stored) is type(flattened) and bool(stored == flattened)
 
 

@@ -154,6 +154,7 @@ class Etl:
 
         Raises:
             BusyError: another run is at it. MismatchError: what was built is not what MongoDB holds.
+            source.UnknownTenantError: `asked` is about a tenant that there is not.
             PyMongoError: MongoDB stayed away; the next run goes on.
         """
         with self._locked(), _seldom_collecting():
@@ -267,7 +268,7 @@ class Etl:
         self._want_range(manifest, work, Range())
 
     def _want_range(self, manifest: Manifest, work: Work, asked: Range) -> None:
-        tenants = [asked.tenant] if asked.tenant else sorted({*source.tenants(self._db), *manifest.tenants})
+        tenants = source.tenants_asked_for(self._db, manifest.tenants, asked.tenant)
         low, high = asked.since or date.min, asked.until or date.max
         for tenant in tenants:
             self._pause()

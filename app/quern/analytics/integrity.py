@@ -68,6 +68,7 @@ def verify(
 
     Raises:
         follow.TokenLostError: it is not known what has changed since; run `quern etl run` first.
+        source.UnknownTenantError: there is no such tenant.
     """
     found = Verification(missing_files=damaged(manifest))
     if found.missing_files:
@@ -76,7 +77,7 @@ def verify(
     moved = changes.days if changes else set()
     wanted: set[tuple[str, date]] = set()
     low, high = since or date.min, until or date.max
-    for name in [tenant] if tenant else sorted({*source.tenants(db), *manifest.tenants}):
+    for name in source.tenants_asked_for(db, manifest.tenants, tenant):
         wanted |= {(name, day) for day in source.days(db, name, since, until)}
         for table in ("fact_response", "fact_audit"):
             for partition in manifest.partitions(table, name, since, until):

@@ -8,7 +8,7 @@ in between is not seen, and comes with the next run.
 It needs the rights `find` and `changeStream` on the database (the role `read`) and writes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +47,10 @@ PIECE: Final = 128
 _PLAIN: Final[CodecOptions[Document]] = CodecOptions(tz_aware=False)
 _MASK: Final = (1 << 64) - 1
 _MOMENT: Final = {"responses": "created", "audit": "at"}
+
+
+class UnknownTenantError(Exception):
+    """A tenant was asked for that neither MongoDB nor the warehouse has anything of; the text says what to run."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,22 @@ def tenants(db: Db, session: ClientSession | None = None) -> list[str]:
     for collection in ("responses", "audit", "forms"):
         found |= set(db[collection].distinct("tenant", session=session))
     return sorted(found)
+
+
+def tenants_asked_for(db: Db, kept: Iterable[str], tenant: str | None) -> list[str]:
+    """The one, or all: those in MongoDB, and those `kept` by a warehouse.
+
+    Raises:
+        UnknownTenantError: the one is not among all.
+    """
+    every = sorted({*tenants(db), *kept})
+    if tenant is None:
+        return every
+    if tenant not in every:
+        raise UnknownTenantError(
+            f"expected a tenant with responses or forms, found {tenant!r}; `quern tenant list` has them all"
+        )
+    return [tenant]
 
 
 def days(db: Db, tenant: str, since: date | None = None, until: date | None = None) -> dict[date, int]:

@@ -31,7 +31,7 @@ class Leaves:
     characters: int = 0
     """Code points of all texts."""
     numbers: float = 0.0
-    """Sum of all numbers."""
+    """Sum of all finite numbers: with another in it, no sum equals itself."""
     size: float = 0.0
     """Sum of their absolute values: what a difference of `numbers` is measured against."""
     true: int = 0
@@ -64,7 +64,11 @@ class Leaves:
         self.characters += sum(map(len, texts))
         self.texts += sum(map(crc32, map(str.encode, texts)))
         self.true += true
-        self.numbers += sum(numbers)
+        total = sum(numbers)
+        if not math.isfinite(total):
+            numbers = list(filter(math.isfinite, numbers))
+            total = sum(numbers)
+        self.numbers += total
         self.size += sum(map(abs, numbers))
 
     def differences(self, other: "Leaves", name: str) -> list[str]:
@@ -183,14 +187,13 @@ def _add_leaves(leaves: list[Leaves], rows: pa.RecordBatch, place: Any) -> None:
     known, of_text = texts.drop_null(), place[there]
     sums = np.zeros(size, dtype=np.int64)
     np.add.at(sums, of_text, np.fromiter(map(crc32, known.cast(pa.binary()).to_pylist()), np.int64, len(known)))
+    numbers = rows.column("value_number").fill_null(0.0).to_numpy(zero_copy_only=False)
     figures = zip(
         leaves,
         np.bincount(place, minlength=size).tolist(),
         _sums(pc.utf8_length(known), of_text, size),
         sums.tolist(),
-        np.bincount(
-            place, weights=rows.column("value_number").fill_null(0.0).to_numpy(zero_copy_only=False), minlength=size
-        ).tolist(),
+        np.bincount(place, weights=np.where(np.isfinite(numbers), numbers, 0.0), minlength=size).tolist(),
         _sums(rows.column("value_bool").fill_null(False).cast(pa.int32()), place, size),
         strict=True,
     )

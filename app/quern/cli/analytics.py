@@ -70,7 +70,7 @@ def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float,
         emit_json({"columns": found.columns, "types": found.types, "rows": found.rows, "more": found.more})
         return
     names = _distinct(found.columns)
-    emit([dict(zip(names, row, strict=True)) for row in found.rows], names, False, "No rows.")
+    emit([dict(zip(names, row, strict=True)) for row in found.rows], names, False, "No rows.", verbatim=True)
     more = "; there are more, see --rows" if found.more else ""
     fresh = rfc3339(manifest.freshness) if manifest.freshness else "-"
     rows_ = "1 row" if len(found.rows) == 1 else f"{len(found.rows)} rows"

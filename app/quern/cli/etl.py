@@ -40,6 +40,12 @@ class _Day(click.ParamType[date]):
             self.fail(f"expected a day as YYYY-MM-DD, found {value!r}", param, ctx)
 
 
+def _in_order(since: date | None, until: date | None) -> None:
+    """Raises click.UsageError: there is no day from `since` to before `until`."""
+    if since is not None and until is not None and since >= until:
+        raise click.UsageError(f"expected --since to be before --until, found {since} and {until}")
+
+
 class _StoppedError(Exception):
     """SIGINT or SIGTERM: what is built stays for the next run."""
 
@@ -142,6 +148,7 @@ def _explained() -> Iterator[None]:
     from quern.analytics.etl import BusyError
     from quern.analytics.follow import TokenLostError
     from quern.analytics.manifest import NoWarehouseError
+    from quern.analytics.source import UnknownTenantError
     from quern.analytics.warehouse import MergeError
 
     try:
@@ -152,7 +159,7 @@ def _explained() -> Iterator[None]:
     except _StoppedError:
         click.echo("stopped; the next run goes on from there", err=True)
         raise SystemExit(130) from None
-    except (NoWarehouseError, TokenLostError, MergeError) as error:
+    except (NoWarehouseError, TokenLostError, MergeError, UnknownTenantError) as error:
         fail(str(error))
 
 
@@ -182,6 +189,7 @@ def run(since: date | None, until: date | None, tenant_id: str | None, follow: b
     """
     from quern.analytics.etl import Range
 
+    _in_order(since, until)
     asked = Range(since, until, tenant_id) if since or until or tenant_id else None
     if not follow:
         _once(asked, False, as_json)
@@ -300,6 +308,7 @@ def verify(
     from quern.analytics import integrity
     from quern.analytics.manifest import Manifest
 
+    _in_order(since, until)
     manifest_root = _root()
     with _explained(), _bar(as_json) as show:
         found = integrity.verify(

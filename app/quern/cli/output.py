@@ -26,8 +26,10 @@ def emit_json(value: Any) -> None:
     click.echo(orjson.dumps(value, default=other, option=options).decode())
 
 
-def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, empty: str) -> None:
-    """Rows as a table with `columns`, or all of them as JSON."""
+def emit(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, empty: str, *, verbatim: bool = False
+) -> None:
+    """Rows as a table with `columns`, or all of them as JSON; `verbatim`: the columns' names are somebody else's."""
     if as_json:
         emit_json(list(rows))
         return
@@ -36,7 +38,7 @@ def emit(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: boo
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
+        table.add_column(Text(_cell(column)) if verbatim else column.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(row.get(column))) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(table)

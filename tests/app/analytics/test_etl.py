@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from datetime import date
+from math import inf, nan
 
 import orjson
 import pyarrow as pa
@@ -344,6 +345,15 @@ def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeyp
     monkeypatch.undo()
     desk.run()
     assert desk.holds()
+
+
+def test_a_number_that_is_none_keeps_no_day_from_its_publication(desk: Desk) -> None:
+    for value in (nan, inf, -inf, 2.5):
+        desk.keep({"answers": {"age": value}, "version": 1, "created": moment("2026-03-07")})
+    assert desk.run().outcome == "published"
+    assert desk.holds()
+    stored = [row["value_number"] for row in desk.rows("fact_answer")]
+    assert sorted(map(str, stored)) == ["-inf", "2.5", "inf", "nan"]
 
 
 def test_a_day_of_which_too_few_were_read_is_seen_though_another_has_too_many(

@@ -5,6 +5,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import orjson
 import pytest
@@ -82,6 +83,41 @@ def test_a_stopping_worker_stops_the_run(desk: Desk, configured: Settings) -> No
     assert not caught.value.charged
 
 
+_LOSSY = """
+import sys
+from quern.analytics import flatten
+from quern.cli.main import main
+
+plain = flatten.shred
+flatten.shred = lambda column: (stripe for stripe in plain(column) if "lost" not in stripe.values)
+main(sys.argv[3:])
+"""
+
+
+def test_a_run_that_would_differ_raises_the_alarm_and_is_tried_again(
+    desk: Desk, configured: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.submit(moment("2026-10-31"), {"code": "lost"})
+    (tmp_path / "lossy.py").write_text(_LOSSY)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "lossy.py"} "$@"\n')
+    python.chmod(0o700)
+    context = Context(Store(LiveSettings(configured)))
+    (run,) = [known for known in handler.handlers() if known.kind == handler.RUN]
+    job = Job.from_document(handler.ticks(desk.settings)[0].make(clock.now()).document(clock.now()))
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", str(python))
+        with pytest.raises(RetryLater, match="1 days would differ") as caught:
+            run.run(job, context)
+    assert caught.value.charged
+    assert REGISTRY.get_sample_value("quern_etl_mismatched_days") == 1
+    with pytest.raises(NoWarehouseError):
+        desk.manifest  # noqa: B018 - loads it
+    run.run(job, context)
+    assert REGISTRY.get_sample_value("quern_etl_mismatched_days") == 0
+    assert desk.holds()
+
+
 def test_run_status_verify_rebuild(desk: Desk, configured: Settings) -> None:
     desk.submit(moment("2026-10-31"), {"code": "a"})
     ran = orjson.loads(_quern("run", "--json").output)
@@ -124,6 +160,23 @@ def test_a_wrong_day_is_explained(configured: Settings) -> None:
     found = _quern("run", "--since", "yesterday")
     assert found.exit_code == 2
     assert "expected a day as YYYY-MM-DD" in found.output
+
+
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_days_in_the_wrong_order_are_refused(configured: Settings, command: str) -> None:
+    found = _quern(command, "--since", "2026-03-08", "--until", "2026-03-07")
+    assert found.exit_code == 2
+    assert "expected --since to be before --until" in found.output
+
+
+def test_a_tenant_that_there_is_not_is_refused_and_nothing_published(desk: Desk, configured: Settings) -> None:
+    desk.submit(moment("2026-10-31"), {"code": "a"})
+    _quern("run")
+    for command in ("run", "verify"):
+        found = _quern(command, "--tenant", "ten_none")
+        assert found.exit_code == 1
+        assert "found 'ten_none'; `quern tenant list`" in found.output
+    assert desk.manifest.generation == 1
 
 
 def test_following_brings_each_change_until_it_is_stopped(
