@@ -39,8 +39,8 @@ def test_a_configuration_that_locks_the_operator_out_is_taken_back(
     host: Host, place: Place, play: Callable[..., Played]
 ) -> None:
     before = host.file("/etc/ssh/sshd_config.d/10-quern.conf").content
-    # The firewall does not know this port: the second connection fails.
-    done = play("tests/host/plays/ssh.yml", base_ssh_port=2222)
+    # The account that these tests come in by.
+    done = play("tests/host/plays/ssh.yml", base_ssh_root_by_key=False)
     assert done.code != 0
     assert "the old one is back" in done.output
     assert answers(place)
