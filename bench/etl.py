@@ -322,11 +322,14 @@ _WATCHED = (
 
 
 def run_stages(arguments: argparse.Namespace) -> None:
-    """A run within this process, its functions timed (which costs a few per cent)."""
-    data, stages = arguments.data, _Stages()
+    """The peer and a run within this process, their functions timed (which costs a few per cent)."""
+    data, stages, peer = arguments.data, _Stages(), _Stages()
     for owner, name, stage in _WATCHED:
         stages.watch(owner, name, stage)
+    peer.watch(sys.modules[__name__], "_flush", "Arrow and Parquet")
     with _mongod(data) as server, _client(server) as client:
+        _bare_rate(client[_DATABASE], server, data, arguments.limit)
+        print(f"of which Arrow and Parquet {sum(peer.seconds.values()):.1f} s of CPU")
         for name in ("warehouse", "extract"):
             shutil.rmtree(data / name, ignore_errors=True)
         asked = Range(arguments.since, arguments.until, arguments.tenant)

@@ -298,16 +298,16 @@ class Sample:
 
     def __init__(self, size: int = SAMPLE) -> None:
         self._size = size
-        self._kept: list[tuple[int, str, date, dict[tuple[str, str, str], Any]]] = []
+        self._kept: list[tuple[int, str, date, Document]] = []
         self._found: list[dict[str, Any]] = []
 
     def offer(self, part: source.DayChunk) -> None:
         """Keep those of a day's documents whose hashes are among the smallest."""
         for document, digest in zip(part.documents, part.digests, strict=True):
             if len(self._kept) < self._size:
-                heapq.heappush(self._kept, (-digest, document["_id"], part.day, leaves_of(document)))
+                heapq.heappush(self._kept, (-digest, document["_id"], part.day, document))
             elif -digest > self._kept[0][0]:
-                heapq.heapreplace(self._kept, (-digest, document["_id"], part.day, leaves_of(document)))
+                heapq.heapreplace(self._kept, (-digest, document["_id"], part.day, document))
 
     @property
     def responses(self) -> list[str]:
@@ -325,7 +325,8 @@ class Sample:
         for row in self._found:
             found[row["response"]].append(row)
         problems = []
-        for _, identity, day, wanted in self._kept:
+        for _, identity, day, document in self._kept:
+            wanted = leaves_of(document)
             there = rows_as_leaves(found[identity])
             differing = sorted(
                 key for key in wanted.keys() | there.keys() if not _equal(wanted.get(key), there.get(key))

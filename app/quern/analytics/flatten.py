@@ -27,8 +27,8 @@ _LAST_DAY: Final = date(2299, 12, 31)
 _TEXTS: Final = frozenset({"text", "long_text"})
 #: Members of a response's document that are columns.
 _OWN: Final = ("_id", "created", "processed", "erased", "status", "actor")
-#: Documents whose values are taken out at once.
-_AT_ONCE: Final = 128
+#: Documents whose values are taken out at once, before they have left the processor's cache.
+_AT_ONCE: Final = 32
 
 
 class Flattener:

@@ -42,7 +42,7 @@ BATCH: Final = 2000
 #: Bytes of their BSON that are flattened together at most: answers can be large.
 BATCH_BYTES: Final = 16 << 20
 #: Documents that are decoded at once: few enough to stay in a processor's cache until they are done with.
-PIECE: Final = 128
+PIECE: Final = 32
 #: Moments without a zone, for speed: they are all UTC.
 _PLAIN: Final[CodecOptions[Document]] = CodecOptions(tz_aware=False)
 _MASK: Final = (1 << 64) - 1
