@@ -39,7 +39,7 @@ from etl_documents import load, register
 from pymongo import MongoClient
 
 from quern.analytics import build, extract, flatten, follow, partition, source, tally, warehouse
-from quern.analytics.etl import Etl, Range
+from quern.analytics.etl import Etl, Range, keep_freed_memory
 from quern.analytics.manifest import Manifest, Source
 from quern.analytics.settings import AnalyticsSettings
 from quern.embedded.mongod import Mongod
@@ -335,6 +335,7 @@ def run_stages(arguments: argparse.Namespace) -> None:
         asked = Range(arguments.since, arguments.until, arguments.tenant)
         if asked != Range():
             _begin_empty(client[_DATABASE], data)
+        keep_freed_memory()
         settings = AnalyticsSettings(warehouse=data / "warehouse", extract=data / "extract")
         before, of_server = os.times(), _cpu(server.pid) - sum(os.times()[:4])
         report = Etl(client[_DATABASE], settings).run(asked)

@@ -1,17 +1,16 @@
 """`quern etl`: fill the warehouse, see how far it is, compare it with MongoDB, make it anew."""
 
-import ctypes
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import orjson
@@ -29,11 +28,6 @@ from quern.store.connection import Db, Store, is_away
 # The warehouse's libraries are large: only a command that needs them loads them, not every process.
 if TYPE_CHECKING:
     from quern.analytics.etl import Etl, Progress, Range, Report
-
-
-#: Of mallopt(3).
-_M_TRIM_THRESHOLD: Final = -1
-_M_TOP_PAD: Final = -2
 
 
 class _Day(click.ParamType[date]):
@@ -108,24 +102,10 @@ def _db() -> Db:
     return Store(LiveSettings(runtime.settings.model_copy(update={"mongodb_uri": uri}))).db
 
 
-def _keep_freed_memory() -> None:
-    """Keep what is freed for the next documents: giving it back and asking again is a fifth of a run.
-
-    So Arrow, too, takes its memory from glibc, which is told to keep it.
-    """
-    import pyarrow as pa
-
-    pa.set_memory_pool(pa.system_memory_pool())
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-        mallopt(_M_TOP_PAD, 32 << 20)
-
-
 def _make(pause: Callable[[], None], show: Callable[[int, int, str], None]) -> "Etl":
-    from quern.analytics.etl import Etl, NotConfiguredError
+    from quern.analytics.etl import Etl, NotConfiguredError, keep_freed_memory
 
-    _keep_freed_memory()
+    keep_freed_memory()
     runtime = open_runtime()
 
     def progress(at: "Progress") -> None:
