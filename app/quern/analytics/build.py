@@ -17,12 +17,11 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from quern.analytics import extract, schema, source
 from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, audit_rows, job_rows
 from quern.analytics.manifest import Manifest, Partition
-from quern.analytics.partition import PartitionWriter
+from quern.analytics.partition import PartitionWriter, batches_of
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
 from quern.analytics.version import Version
 from quern.store.connection import Db, Document
@@ -30,7 +29,7 @@ from quern.store.connection import Db, Document
 #: Documents for each day that are compared field by field: those with the smallest hashes, so any may be chosen.
 SAMPLE: Final = 3
 _FACTS: Final = ("fact_response", "fact_answer", "fact_embedding", "fact_audit", "fact_job")
-_READ_BACK_ROWS: Final = 65_536
+_MERGED_ROWS: Final = 65_536
 #: Columns of `fact_answer` that are compared field by field.
 COMPARED: Final = ["response", "source", "path", "item", "value_text", "value_number", "value_bool"]
 
@@ -286,7 +285,7 @@ def rewrite(
     order = ", ".join(schema.name(column) for column in table.order)
     sorted_rows: pa.RecordBatchReader = connection.sql(
         f"SELECT {columns} FROM {relation} ORDER BY {order}"  # noqa: S608 - own names
-    ).to_arrow_reader(_READ_BACK_ROWS)
+    ).to_arrow_reader(_MERGED_ROWS)
     with PartitionWriter(root, table, tenant, period, generation) as writer:
         for rows in sorted_rows:
             writer.write_sorted(pa.RecordBatch.from_arrays(rows.cast(table.arrow).columns, schema=table.arrow))
@@ -352,11 +351,10 @@ def read_back(root: Path, partitions: dict[str, Partition], days: list[date], sa
     for table, partition in partitions.items():
         columns = {*COUNTED[table], "day", *(COMPARED if table == "fact_answer" else ())}
         names = ["source", "path", "item"] if table == "fact_answer" else None
-        with pq.ParquetFile(root / partition.path, read_dictionary=names) as file:
-            for rows in file.iter_batches(_READ_BACK_ROWS, columns=sorted(columns)):
-                add_rows(tallies, table, rows)
-                if table == "fact_answer":
-                    sample.find(rows)
+        for rows in batches_of(root / partition.path, sorted(columns), names):
+            add_rows(tallies, table, rows)
+            if table == "fact_answer":
+                sample.find(rows)
     return tallies
 
 

@@ -8,18 +8,16 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from quern.analytics import follow, source
 from quern.analytics.build import COMPARED, Sample
 from quern.analytics.manifest import Manifest, Partition
-from quern.analytics.partition import measured
+from quern.analytics.partition import batches_of, measured
 from quern.analytics.tally import COUNTED, Tally, add_rows
 from quern.store.connection import Db
 
 #: Rows named of one day.
 _NAMED: Final = 20
-_ROWS: Final = 65_536
 _FACTS: Final = tuple(COUNTED)
 
 
@@ -139,17 +137,15 @@ def _figures(stored: Tally, there: Tally) -> dict[str, Any]:
 
 def _rows_of(paths: Iterable[Path], columns: list[str], day: date) -> Iterable[pa.RecordBatch]:
     for path in paths:
-        with pq.ParquetFile(path) as file:
-            for rows in file.iter_batches(_ROWS, columns=[*columns, "day"]):
-                yield rows.filter(pc.equal(rows.column("day"), pa.scalar(day, pa.date32())))
+        for rows in batches_of(path, [*columns, "day"]):
+            yield rows.filter(pc.equal(rows.column("day"), pa.scalar(day, pa.date32())))
 
 
 def days_in(path: Path) -> set[date]:
     """The days that a partition has rows of."""
     found: set[date] = set()
-    with pq.ParquetFile(path) as file:
-        for rows in file.iter_batches(_ROWS, columns=["day"]):
-            found |= set(pc.unique(rows.column("day")).to_pylist())
+    for rows in batches_of(path, ["day"]):
+        found |= set(pc.unique(rows.column("day")).to_pylist())
     return found
 
 

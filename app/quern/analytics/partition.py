@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, wait
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,6 +23,8 @@ ROW_GROUP: Final = 122_880
 _LEAST_OF_A_PLACE: Final = 8192
 #: Bytes that a writer holds at most, unless it is told otherwise.
 BATCH_BYTES = 32 << 20
+#: Rows of a batch that is read.
+_ROWS: Final = 65_536
 _HASH_CHUNK: Final = 1 << 20
 
 
@@ -155,6 +158,17 @@ class PartitionWriter:
             self._writer.close()
             self._writer = None
         self._temporary.unlink(missing_ok=True)
+
+
+def batches_of(path: Path, columns: list[str], dictionaries: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """A partition's rows, a row group at a time: a reader of several keeps memory of each until its end.
+
+    Args:
+        dictionaries: columns of `columns` that come as dictionaries.
+    """
+    with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False)
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -12,19 +12,17 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from quern.analytics import dimensions, schema
 from quern.analytics.build import open_duckdb
 from quern.analytics.integrity import days_in
 from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
-from quern.analytics.partition import PartitionWriter
+from quern.analytics.partition import PartitionWriter, batches_of
 from quern.analytics.work import Span, Work
 from quern.store.connection import Db
 
 _DATED: Final = [table for table in schema.FACTS if table.dated]
 SPILL: Final = "spill"
-_ROWS: Final = 65_536
 _SUFFIXES: Final = (".parquet", ".writing")
 
 
@@ -170,12 +168,11 @@ class Assembly:
         root, gone = self._work.root, pa.array(replaced, pa.date32())
         with PartitionWriter(root, table, tenant, month, self._generation) as writer:
             for partition in [*([old] if old else []), *sorted(news, key=lambda item: item.period)]:
-                with pq.ParquetFile(root / partition.path) as file:
-                    for rows in file.iter_batches(_ROWS, columns=table.names):
-                        if partition is old:
-                            rows = rows.filter(pc.invert(pc.is_in(rows.column("day"), gone)))
-                        whole = rows.cast(table.arrow)
-                        writer.write_sorted(pa.RecordBatch.from_arrays(whole.columns, schema=table.arrow))
+                for rows in batches_of(root / partition.path, table.names):
+                    if partition is old:
+                        rows = rows.filter(pc.invert(pc.is_in(rows.column("day"), gone)))
+                    whole = rows.cast(table.arrow)
+                    writer.write_sorted(pa.RecordBatch.from_arrays(whole.columns, schema=table.arrow))
             return writer.close()
 
     def _files(self, partitions: list[Partition]) -> str:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quern.analytics import partition, warehouse
+from quern.analytics import partition
 from quern.analytics.manifest import Manifest, Partition, Source
 from quern.analytics.partition import PartitionWriter, batch
 from quern.analytics.schema import FACT_AUDIT
@@ -70,7 +70,7 @@ def test_a_merge_takes_the_same_memory_however_large_the_month_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partition, "BATCH_BYTES", 100_000)
-    monkeypatch.setattr(warehouse, "_ROWS", 50)
+    monkeypatch.setattr(partition, "_ROWS", 50)
     _, few = _merge(tmp_path / "few", 20)
     found, many = _merge(tmp_path / "many", 200)
     assert len(found) == 29 * 200 + 3
