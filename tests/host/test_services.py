@@ -49,3 +49,10 @@ def test_memory_limits_reach_the_kernel(host: Host, expected: dict[str, Any]) ->
         if host.check_output("systemctl show -p MemoryMax --value %s", name) == "infinity":
             unlimited.append(name)
     assert unlimited == []
+
+
+def test_no_database_refuses_a_service_what_it_asks(host: Host) -> None:
+    # Nobody waits for a wake-up that Redis refused, or a lease that MongoDB did: they only come late.
+    refused = "NoPermissionError|not authorized|NOPERM"
+    said = host.run(f"journalctl --no-pager -o cat --unit 'quern-*' | grep -E '{refused}' | head -n 5")
+    assert said.stdout == ""
