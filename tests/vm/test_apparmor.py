@@ -1,7 +1,6 @@
 """Every service is confined, and its profile refuses what it has no business doing."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,6 @@ def test_acts_fail_under_the_profile_and_succeed_without_it(
     assert len(refused) >= 10
 
 
-@pytest.fixture
-def time_for_ai(guest: Guest) -> Iterator[None]:
-    """AI gets what the others leave, and in an emulated guest they leave nothing. test_limits holds its real place."""
-    if guest.facts["accelerator"] != "tcg":
-        yield
-        return
-    guest.say("systemctl set-property --runtime quern-ai.slice CPUWeight=300")
-    yield
-    guest.say("systemctl set-property --runtime quern-ai.slice CPUWeight=idle")
-
-
-@pytest.mark.usefixtures("time_for_ai")
 def test_the_main_job_is_done_without_a_denial(
     guest: Guest, client: Client, receiver: Receiver, mail_relay: SmtpSink
 ) -> None:
@@ -80,7 +67,8 @@ def test_the_main_job_is_done_without_a_denial(
         {"answers": {"number": 1, "email": "ada@example.org", "comment": COMMENT}},
         **{"Idempotency-Key": "apparmor-1"},
     )
-    results = client.processed(accepted["id"])["results"]
+    with guest.time_for_ai():
+        results = client.processed(accepted["id"])["results"]
     assert results["summary"]["text"]
     assert results["mood"]["label"] in ("positive", "neutral", "negative")
     assert len(results["vector"]["vector"]) == 384
