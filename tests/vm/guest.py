@@ -107,7 +107,7 @@ class Guest:
 
     @contextmanager
     def time_for_ai(self) -> Iterator[None]:
-        """AI gets what the others leave, and in an emulated guest they leave nothing. test_limits holds its real place."""
+        """AI gets what others leave, and in an emulated guest they leave nothing. test_limits holds its real place."""
         if self.facts["accelerator"] != "tcg":
             yield
             return
