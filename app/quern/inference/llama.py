@@ -146,8 +146,8 @@ class Model:
     """The weights of one GGUF file. Free it with `close` when no context uses it.
 
     Args:
-        packed: whether ggml lays the weights out as its own kernels read them best. OpenBLAS cannot read such weights, so
-            without a word they are packed where it is not up in this process.
+        packed: whether ggml lays the weights out as its own kernels read them best. OpenBLAS cannot read such weights,
+            so without a word they are packed where it is not up in this process.
     """
 
     def __init__(self, path: Path, *, packed: bool | None = None) -> None:
