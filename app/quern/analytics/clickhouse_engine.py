@@ -41,6 +41,7 @@ class ClickHouseDialect(Dialect):
 
     name = "clickhouse"
     materializes = False
+    most_rows = 0
 
     def __init__(self, root: Path, seen_as: str) -> None:
         self._root, self._seen_as = root, seen_as
@@ -92,14 +93,16 @@ class ClickHouseDialect(Dialect):
     def plain(self, x: str) -> str:
         return f"toString({x})"
 
-    def terms(self, x: str) -> str:
+    def terms(self, texts: str, shortest: str) -> str:
         # Whole texts are lowered in context: İ becomes two characters, and a Σ at a word's end another than elsewhere.
-        found = f"extractAll(assumeNotNull({x}), '[\\\\p{{L}}\\\\p{{N}}]+')"
+        found = "extractAll(assumeNotNull(text), '[\\\\p{L}\\\\p{N}]+')"
         lowered = f"arrayMap(term -> replaceAll(lowerUTF8(term), '\u0307', ''), {found})"
-        return f"arrayJoin(arrayMap(term -> replaceAll(term, 'ς', 'σ'), {lowered}))"
-
-    def characters(self, x: str) -> str:
-        return f"lengthUTF8({x})"
+        each = f"arrayJoin(arrayMap(term -> replaceAll(term, 'ς', 'σ'), {lowered}))"
+        return (
+            f"SELECT term AS c0, count(DISTINCT response) AS c1, count(*) AS c2 "
+            f"FROM (SELECT response, {each} AS term FROM ({texts}) texts) found "
+            f"WHERE lengthUTF8(term) >= {shortest} GROUP BY term"
+        )
 
     def cosine(self, x: str, y: str) -> str:
         return f"1 - cosineDistance({x}, {y})"

@@ -25,6 +25,7 @@ class DuckDbDialect(Dialect):
 
     name = "duckdb"
     materializes = True
+    most_rows = 2_000_000
 
     def scan(self, table: Table, files: Sequence[Path]) -> str:
         if not files:
@@ -60,11 +61,15 @@ class DuckDbDialect(Dialect):
     def plain(self, x: str) -> str:
         return f"CASE WHEN {x} = floor({x}) THEN CAST(CAST({x} AS BIGINT) AS VARCHAR) ELSE CAST({x} AS VARCHAR) END"
 
-    def terms(self, x: str) -> str:
-        return f"unnest(regexp_extract_all(replace(lower({x}), 'ς', 'σ'), '[\\p{{L}}\\p{{N}}]+'))"
-
-    def characters(self, x: str) -> str:
-        return f"length({x})"
+    def terms(self, texts: str, shortest: str) -> str:
+        # Counted text by text: pairs of response and term, to be told apart, took thirty times the memory of the texts.
+        found = "regexp_extract_all(replace(lower(text), 'ς', 'σ'), '[\\p{L}\\p{N}]+')"
+        joined = f"SELECT string_agg(text, chr(10)) AS text FROM ({texts}) texts GROUP BY response"
+        counted = f"SELECT unnest(map_entries(list_aggregate({found}, 'histogram'))) AS term FROM ({joined}) joined"
+        return (
+            f"SELECT term.key AS c0, count(*) AS c1, sum(term.value)::BIGINT AS c2 FROM ({counted}) counted "
+            f"WHERE length(term.key) >= {shortest} GROUP BY 1"
+        )
 
     def cosine(self, x: str, y: str) -> str:
         return f"list_cosine_similarity({x}, {y})"
@@ -120,17 +125,11 @@ class DuckDbEngine:
     def run(self, statement: Statement, seconds: float) -> pa.Table:
         import duckdb
 
-        parameters = {
-            name: value.replace(tzinfo=None) if isinstance(value, datetime) else value
-            for name, value in statement.parameters.items()
-        }
         cursor = self._database.cursor()
         try:
             with _interrupted_after(cursor, seconds) as interrupted:
                 try:
-                    found = cursor.sql(statement.sql, params=parameters or None).to_arrow_table()
-                except duckdb.InterruptException:
-                    raise TimedOutError(f"expected an answer within {seconds:g} s, found none") from None
+                    found = self._found(cursor, statement, interrupted)
                 except duckdb.Error as error:
                     if interrupted.is_set():
                         raise TimedOutError(f"expected an answer within {seconds:g} s, found none") from None
@@ -138,6 +137,24 @@ class DuckDbEngine:
         finally:
             cursor.close()
         return shaped(found, statement.shape)
+
+    def _found(self, cursor: duckdb.DuckDBPyConnection, statement: Statement, interrupted: threading.Event) -> pa.Table:
+        """Raises duckdb.InterruptException once `interrupted` is set."""
+        import duckdb
+
+        def rows(sql: str) -> pa.Table:
+            # Where no statement was running, the interrupt found none.
+            if interrupted.is_set():
+                raise duckdb.InterruptException
+            parameters = {
+                name: value.replace(tzinfo=None) if isinstance(value, datetime) else value
+                for name, value in self._dialect.bound_in(sql, statement.parameters).items()
+            }
+            return cursor.sql(sql, params=parameters or None).to_arrow_table()
+
+        if statement.parts:
+            cursor.register("parts", pa.concat_tables([rows(part) for part in statement.parts]))
+        return rows(statement.sql)
 
     def close(self) -> None:
         with self._opening:

@@ -32,6 +32,8 @@ class Dialect(ABC):
     name: str
     materializes: bool
     """Whether a common table expression is computed once, however often it is read."""
+    most_rows: int
+    """Of `fact_answer`, in one statement that keeps something of every response; 0: any number."""
 
     @abstractmethod
     def scan(self, table: Table, files: Sequence[Path]) -> str:
@@ -40,6 +42,10 @@ class Dialect(ABC):
     @abstractmethod
     def parameter(self, name: str, value: Parameter) -> str:
         """The place of a bound parameter."""
+
+    def bound_in(self, sql: str, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+        """Those that have a place in a statement: engines refuse others."""
+        return {name: value for name, value in parameters.items() if self.parameter(name, value) in sql}
 
     @abstractmethod
     def local(self, x: str, zone: str) -> str:
@@ -70,12 +76,12 @@ class Dialect(ABC):
         """A number as text, whole ones without a point."""
 
     @abstractmethod
-    def terms(self, x: str) -> str:
-        """One row for each run of letters and digits in a text, in lower case: each character for itself, ς as σ."""
+    def terms(self, texts: str, shortest: str) -> str:
+        """Each term `c0` of at least `shortest` code points, in how many responses `c1`, how often `c2`.
 
-    @abstractmethod
-    def characters(self, x: str) -> str:
-        """The length of a text in code points."""
+        `texts` selects `response` and `text`, several rows a response. A term is a run of letters and digits in
+        lower case: each character for itself, ς as σ.
+        """
 
     @abstractmethod
     def cosine(self, x: str, y: str) -> str:
@@ -94,6 +100,8 @@ class Statement:
     shape: pa.Schema
     """Names and types of the answer's columns; the SQL's have the same order and names of their own."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parts: Sequence[str] = ()
+    """Statements that are run first, one after another: their rows together are the table `parts` of `sql`."""
 
 
 class Engine(Protocol):

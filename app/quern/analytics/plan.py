@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from quern.analytics.engine import Dialect, Parameter, Statement
-from quern.analytics.manifest import Manifest
+from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.question import (
     BUCKET,
     COUNTED,
@@ -105,6 +105,7 @@ class _Plan:
     def __init__(self, question: Question, dialect: Dialect, manifest: Manifest, asker: Asker) -> None:
         self.question, self.dialect, self.manifest, self.asker = question, dialect, manifest, asker
         self.parameters: dict[str, Parameter] = {}
+        self.parts: list[str] = []
 
     # The answer's columns get names of ours in SQL (`c0`, `c1` …): a client's never stand there.
     def statement(self) -> Statement:
@@ -127,9 +128,8 @@ class _Plan:
         order = ", ".join(self._order(columns))
         limit = "" if top is None else f" LIMIT {int(top)}"
         sql = f"SELECT {', '.join(columns)} FROM ({body}) answer ORDER BY {order}{limit}"
-        # What was bound for a part that was then not needed would be refused.
-        used = {name: value for name, value in self.parameters.items() if self.dialect.parameter(name, value) in sql}
-        return Statement(sql, shape(question), used)
+        used = self.dialect.bound_in(" ".join([sql, *self.parts]), self.parameters)
+        return Statement(sql, shape(question), used, self.parts)
 
     def _order(self, columns: list[str]) -> list[str]:
         question = self.question
@@ -157,6 +157,22 @@ class _Plan:
 
     def scan(self, table: str) -> str:
         """The asker's rows of a table: the files of exactly their tenants, of the days that the range touches."""
+        return self._scan(table, self._reach(table))
+
+    def _scans(self, table: str) -> list[str]:
+        """The same as scans of some files each, so that none has many more rows than the dialect takes at once."""
+        groups: list[list[Partition]] = [[]]
+        for partition in self._reach(table):
+            rows = sum(item.rows for item in groups[-1])
+            if groups[-1] and self.dialect.most_rows and rows + partition.rows > self.dialect.most_rows:
+                groups.append([])
+            groups[-1].append(partition)
+        return [self._scan(table, group) for group in groups]
+
+    def _scan(self, table: str, partitions: Sequence[Partition]) -> str:
+        return self.dialect.scan(TABLES[table], [self.manifest.root / item.path for item in partitions])
+
+    def _reach(self, table: str) -> list[Partition]:
         bounds = self.question.range
         since = bounds.start.date() if bounds.start else None
         until = bounds.before.date() + timedelta(days=1) if bounds.before and bounds.before.year < 9999 else None
@@ -165,7 +181,11 @@ class _Plan:
             since = None
         if table == "fact_embedding" or not TABLES[table].dated:
             since, until = None, None
-        return self.dialect.scan(TABLES[table], files(self.manifest, table, self.asker, since, until))
+        return [
+            partition
+            for tenant in self.asker.tenants
+            for partition in self.manifest.partitions(table, tenant, since, until)
+        ]
 
     def _within(self, moment: str) -> list[str]:
         bounds = self.question.range
@@ -292,14 +312,16 @@ class _Plan:
             self._field(question.of)
             where.append(f"a.path = {self.bind(self._path(question.of)[1])}")
         where += self._answer_side(question.filters)
-        found = (
-            f"SELECT a.response AS response, {self.dialect.terms('a.value_text')} AS term "
-            f"FROM {self.scan('fact_answer')} a WHERE {' AND '.join(where)}"
-        )
-        return (
-            f"SELECT term AS c0, count(DISTINCT response) AS c1, count(*) AS c2 FROM ({found}) found "
-            f"WHERE {self.dialect.characters('term')} >= {self.bind(question.min_length)} GROUP BY term"
-        )
+        shortest = self.bind(question.min_length)
+        counted = []
+        for scanned in self._scans("fact_answer"):
+            texts = f"SELECT a.response AS response, a.value_text AS text FROM {scanned} a WHERE {' AND '.join(where)}"
+            counted.append(self.dialect.terms(texts, shortest))
+        if len(counted) == 1:
+            return counted[0]
+        self.parts = counted
+        # Every row of a response is in one file, so nothing is counted twice.
+        return "SELECT c0, sum(c1) AS c1, sum(c2) AS c2 FROM parts GROUP BY c0"
 
     def _similar(self) -> str:
         question = self.question

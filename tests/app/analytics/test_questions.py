@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from quern.analytics.answer import Warehouse
 from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
-from quern.analytics.duckdb_engine import DuckDbEngine
-from quern.analytics.engine import Engine
+from quern.analytics.duckdb_engine import DuckDbDialect, DuckDbEngine
+from quern.analytics.engine import Engine, Statement
 from quern.analytics.question import Measure, Question
 from tests.app.analytics import chdb_server, plainly
 from tests.app.analytics.questions import questions
@@ -111,3 +111,25 @@ def test_every_measure_has_an_answer_that_is_not_empty(houses: Callable[[int], P
         assert found.num_rows > 0
         assert found.column_names == question.columns
         same(found, plainly.answer(question, house.world, None), question)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_terms_counted_a_few_rows_at_a_time_are_the_same(
+    houses: Houses, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = houses(seed)
+    monkeypatch.setattr(DuckDbDialect, "most_rows", 1)
+    parts: list[int] = []
+    rows = DuckDbEngine.run
+
+    def run(engine: DuckDbEngine, statement: Statement, seconds: float) -> pa.Table:
+        parts.append(len(statement.parts))
+        return rows(engine, statement, seconds)
+
+    monkeypatch.setattr(DuckDbEngine, "run", run)
+    for tenant in [*TENANTS, None]:
+        for shortest in (1, 4):
+            question = Question.model_validate({"measure": "terms", "min_length": shortest, "top": 10_000})
+            found = house.warehouses["duckdb"].answer(question, tenant).table
+            same(found, plainly.answer(question, house.world, tenant), question)
+    assert max(parts) > 1
