@@ -34,12 +34,15 @@ from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.kept import Kept
 from quern.analytics.manifest import Manifest
 from quern.analytics.question import Question
+from quern.analytics.service_settings import ServiceSettings
 from quern.embedded.mongod import Mongod
 from quern.embedded.redis_server import RedisServer
 from quern.store import redis_connection
 
 Document = dict[str, Any]
 _CHUNK = 5000
+#: What the service gives its engine unless it is told otherwise.
+_MEGABYTES: int = ServiceSettings.model_fields["memory_megabytes"].default
 
 #: Made for these questions alone; all but `whole` answer without looking at a document.
 INDEXES: dict[str, list[tuple[str, int]]] = {
@@ -386,7 +389,7 @@ def main() -> None:
     manifest = Manifest.load(chosen.warehouse)
     sizes = {name: sum(item.rows for item in parts) for name, parts in manifest.tables["fact_response"].items()}
     tenant = sorted(sizes, key=lambda name: -sizes[name])[chosen.tenant]
-    engine = DuckDbEngine(chosen.warehouse, threads=chosen.threads, memory_megabytes=2000)
+    engine = DuckDbEngine(chosen.warehouse, threads=chosen.threads, memory_megabytes=_MEGABYTES)
     warehouse = Warehouse(chosen.warehouse, engine, seconds=600)
     load = os.getloadavg()[0]
     print(f"{sizes[tenant]} of {sum(sizes.values())} responses, {chosen.threads} threads, load {load:.1f} before")
