@@ -110,7 +110,9 @@ def test_the_api_answers_while_processors_and_memory_are_under_pressure(guest: G
 def _latency(guest: Guest, client: Client, form: str) -> dict[str, Any]:
     asked = json.dumps({"key": client.key, "form": form, "count": 150})
     guest.say("cat > /root/latency.py", stdin=LATENCY.read_text())
-    found: dict[str, Any] = json.loads(guest.say("python3 -I /root/latency.py", stdin=asked))
+    # The one who asks stands for somebody at another machine, whose processors are not under pressure.
+    apart = "systemd-run --quiet --pipe --wait --collect --slice=-.slice -p CPUWeight=10000"
+    found: dict[str, Any] = json.loads(guest.say(f"{apart} python3 -I /root/latency.py", stdin=asked))
     return found
 
 
