@@ -14,7 +14,7 @@ UV_COMPILE := $(UV) pip compile --quiet --python-version 3.11 --generate-hashes 
 PYTHON_SCRIPTS = $(shell grep -lE '^\#!.*python3' scripts/* molecule/*-host .ci/*)
 SHELL_SCRIPTS = $(shell grep -lE '^\#!/bin/(ba)?sh' scripts/* molecule/*-host .ci/*)
 
-.PHONY: help setup demo demo-check test test-all lint test-app test-waf test-roles bundle test-host test-host-full test-role test-vm-smoke test-vm lint-ansible format lock clean
+.PHONY: help setup demo demo-check test lint test-app test-waf test-roles bundle test-host test-host-full test-role test-vm-smoke test-vm lint-ansible format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,12 +28,10 @@ demo: setup ## run the whole service with a sample form, and stay up until inter
 demo-check: setup ## the same without staying up: exit 0 only if every result is there and right
 	@$(BIN)/python -m quern.embedded.demo --check
 
-test: lint test-app test-roles test-waf ## everything that CI runs; test-host and test-vm run by hand
+test: lint ## everything that CI runs: test-app, test-roles, test-waf, test-host beside them, test-vm-smoke after them (root)
+	@scripts/test
 
-test-all: lint ansible ## the same, with test-host beside it and test-vm-smoke after it (root; half an hour)
-	@scripts/test-all
-
-lint: setup ## style, types, shell, pinned requirements
+lint: setup lint-ansible ## style, types, shell, pinned requirements, roles and playbooks
 	$(BIN)/ruff check . $(PYTHON_SCRIPTS)
 	$(BIN)/ruff format --check . $(PYTHON_SCRIPTS)
 	$(BIN)/mypy
@@ -81,7 +79,7 @@ bundle: setup ansible ## quern-bundle.tar: all that site.yml installs, for hosts
 	$(ANSIBLE_VENV)/bin/python scripts/bundle
 
 lint-ansible: ansible ## ansible-lint (production) and yamllint
-	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" ansible-lint site.yml playbooks roles
+	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" ansible-lint -q site.yml playbooks roles
 	$(ANSIBLE_VENV)/bin/yamllint --strict site.yml playbooks roles inventory molecule tests/host
 
 format: setup ## mend what can be mended by itself
