@@ -471,7 +471,10 @@ class _Proof:
         """Whether a value that passes may match anywhere."""
         # What is before is not known; only a letter that becomes an x is of no word before and of one after.
         start = {(0, raw, seen, None) for raw, seen in ((True, True), (False, False), (False, True))}
-        return bool(self._sequence(tree, frozenset(start)))
+        after = self._sequence(tree, frozenset(start))
+        # A boundary that the rule wants at its end is one for the patterns too.
+        ended = {state for state in after if state[3] and state[1] and state[2]}
+        return any(state not in ended or self._patterns.step(state[0], _BOUNDARY) is not None for state in after)
 
     def _before_transformations(self, level: int, state: Raw, character: str) -> frozenset[Raw]:
         """Where the patterns may stand after what the first `level` transformations made this character of."""
