@@ -15,6 +15,7 @@ from typing import Self
 
 _POLL_SECONDS = 0.02
 _LOG_TAIL_LINES = 20
+_DYING_SECONDS = 10.0
 
 
 class ServiceError(RuntimeError):
@@ -173,7 +174,23 @@ def _has_exited(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _kill_group(group: int) -> None:
+    """SIGKILL the group, and wait until none of it holds anything any more, such as a port."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
-        pass
+        return
+    deadline = time.monotonic() + _DYING_SECONDS
+    while _lives(group) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of the group is more than a zombie, see proc_pid_stat(5)."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue  # gone meanwhile
+        if int(its_group) == group and state not in ("Z", "X"):
+            return True
+    return False

@@ -105,3 +105,19 @@ def test_a_service_dies_with_the_process_that_started_it(run_directory: Path) ->
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert eventually(lambda: not alive(child))
+
+
+@pytest.mark.parametrize("end", [ChildProcess.kill, ChildProcess.stop])
+def test_nothing_of_a_service_that_was_ended_is_left(
+    run_directory: Path, end: Callable[[ChildProcess], object]
+) -> None:
+    large = "import time; held = bytearray(b'x') * 200_000_000; print('held', flush=True); time.sleep(600)"
+    command = ["sh", "-c", f'"{sys.executable}" -c "{large}" & "{sys.executable}" -c "{large}" & wait']
+    log = run_directory / "log"
+    service = ChildProcess("large", command, log=log, ready=lambda: log.read_text().count("held") == 2)
+    service.start()
+    assert service.pid is not None
+    group = [child.pid for child in psutil.Process(service.pid).children(recursive=True)]
+    assert len(group) == 2
+    end(service)
+    assert [pid for pid in group if alive(pid)] == []
