@@ -62,7 +62,7 @@ class DuckDbDialect(Dialect):
         return f"CASE WHEN {x} = floor({x}) THEN CAST(CAST({x} AS BIGINT) AS VARCHAR) ELSE CAST({x} AS VARCHAR) END"
 
     def terms(self, texts: str, shortest: str) -> str:
-        # Counted text by text: pairs of response and term, to be told apart, took thirty times the memory of the texts.
+        # Counted text by text: to tell pairs of response and term apart, all of them would be kept until the end.
         found = "regexp_extract_all(replace(lower(text), 'ς', 'σ'), '[\\p{L}\\p{N}]+')"
         joined = f"SELECT string_agg(text, chr(10)) AS text FROM ({texts}) texts GROUP BY response"
         counted = f"SELECT unnest(map_entries(list_aggregate({found}, 'histogram'))) AS term FROM ({joined}) joined"
