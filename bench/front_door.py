@@ -1,9 +1,11 @@
-"""TLS through nginx and the firewall against the API's own socket: requests a second, in turns, in one run.
+"""TLS through nginx and the firewall against the API's own sockets: requests a second, in turns, in one run.
 
 Both are driven by `wrk` with the same requests; the front door is the role's (roles/nginx as tests/waf renders it, from
-Debian's packages). `--waf none` and `--waf detect` show what the firewall costs. The API listens on loopback, as wrk
-speaks no UNIX sockets; nginx reaches it there too. The processor time of a request, nginx's and that of all others but
-wrk, tells the ratio on a machine that does nothing else, however busy it is.
+Debian's packages). `--waf none` and `--waf detect` show what the firewall costs. As on a host, the API has two
+instances, and nginx goes before them; each turn has one wrk for each instance, so that a lucky or unlucky distribution of
+connections does not decide. They listen on loopback, as wrk speaks no UNIX sockets; nginx reaches them there too. The
+processor time of a request, nginx's and that of all others but wrk, tells the ratio on a machine that does nothing
+else, however busy it is.
 
 The relay takes up each response after its answer. A quick turn leaves it work, which a slow one does not: "sustained"
 divides the answers by the time until nothing was left.
@@ -16,16 +18,17 @@ import json
 import os
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,37 +37,51 @@ from pymongo.database import Database
 from bench.intake import ANSWERS, FORM
 from quern.embedded.demo import Client
 from quern.embedded.ports import free_port
-from quern.embedded.stack import temporary_stack
+from quern.embedded.process import ChildProcess
+from quern.embedded.stack import Stack, temporary_stack
 from quern.tenants import keys, tenant
 from tests.waf.front_door import FrontDoor
 
+#: Three times the share of a process of niceness 0.
+_NICER = 5
 
-def drive(url: str, key: str, body: str | None, clients: int, seconds: float, folder: Path) -> tuple[float, str]:
-    """Answers a second, and the p99 as wrk prints it. Raises RuntimeError when any answer was not a 2xx."""
+
+class Figure(NamedTuple):
+    """Answers a second, and the 99th percentile of the time for one, in ms."""
+
+    rate: float
+    p99: float
+
+
+_SUMMARY = """
+function done(summary, latency)
+    local errors = summary.errors
+    local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+    local rate = summary.requests / summary.duration * 1e6
+    io.write(string.format('{"rate": %f, "p99": %f, "failed": %d}\\n', rate, latency:percentile(99) / 1000, failed))
+end"""
+
+
+def drive(urls: Sequence[str], key: str, body: str | None, clients: int, seconds: float, folder: Path) -> Figure:
+    """Load on `urls` at once, the clients shared out. Raises RuntimeError when any answer was not a 2xx."""
     script = folder / "request.lua"
     headers = {"Authorization": f"Bearer {key}", "Host": "quern.test", "User-Agent": "bench/1", "Accept": "*/*"}
     lines = [f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()]
     if body is not None:
         lines += ['wrk.method = "POST"', f"wrk.body = {json.dumps(body)}"]
         lines += ['wrk.headers["Content-Type"] = "application/json"']
+    lines += [_SUMMARY]
     script.write_text("\n".join(lines) + "\n")
-    command = [
-        "wrk",
-        "-t1",
-        "--timeout",
-        "20s",
-        f"-c{clients}",
-        f"-d{seconds:.0f}s",
-        "--latency",
-        "-s",
-        str(script),
-        url,
-    ]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    rate, tail = re.search(r"Requests/sec:\s+([\d.]+)", text), re.search(r"99%\s+(\S+)", text)
-    if rate is None or tail is None or "Non-2xx" in text or "Socket errors" in text:
-        raise RuntimeError(f"expected only 2xx answers, found\n{text}")
-    return float(rate[1]), tail[1]
+    shared = ["wrk", "-t1", "--timeout", "20s", f"-c{clients // len(urls)}", f"-d{seconds:.0f}s", "-s", str(script)]
+    running = [subprocess.Popen([*shared, url], stdout=subprocess.PIPE, text=True) for url in urls]
+    rate, tail = 0.0, 0.0
+    for process in running:
+        text = process.communicate()[0]
+        found = json.loads(text.splitlines()[-1]) if process.returncode == 0 else {"failed": 1}
+        if found["failed"]:
+            raise RuntimeError(f"expected only 2xx answers, found\n{text}")
+        rate, tail = rate + found["rate"], max(tail, found["p99"])
+    return Figure(rate, tail)
 
 
 def settle(db: Database[Any], seconds: float = 300) -> None:
@@ -98,8 +115,8 @@ def processor_seconds() -> dict[str, float]:
 
 
 @contextmanager
-def front_door(port: int, waf: str) -> Iterator[FrontDoor]:
-    """The role's nginx in front of the API on a loopback port, without the limits for each address."""
+def front_door(ports: Sequence[int], waf: str) -> Iterator[FrontDoor]:
+    """The role's nginx in front of the API on loopback ports, without the limits for each address."""
     limits: dict[str, Any] = {
         "nginx_requests_per_second": 1_000_000,
         "nginx_burst": 1_000_000,
@@ -107,9 +124,42 @@ def front_door(port: int, waf: str) -> Iterator[FrontDoor]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="q-", dir="/tmp") as folder,
-        FrontDoor(Path(folder), api=f"127.0.0.1:{port}", nginx_waf=waf, **limits) as door,
+        FrontDoor(Path(folder), api=[f"127.0.0.1:{port}" for port in ports], nginx_waf=waf, **limits) as door,
     ):
+        # What the unit's CPUWeight= is to the API's.
+        for process in children(door.pid):
+            os.setpriority(os.PRIO_PROCESS, process, os.getpriority(os.PRIO_PROCESS, process) - _NICER)
         yield door
+
+
+@contextmanager
+def second_instance(stack: Stack, port: int) -> Iterator[None]:
+    """An instance of the API beside the stack's own."""
+    own = {"QUERN_API_BIND": f"127.0.0.1:{port}", "QUERN_METRICS_DIR": str(stack.directory / "metrics-2")}
+    process = ChildProcess(
+        "quern api",
+        [sys.executable, "-m", "quern.cli.main", "api"],
+        log=stack.directory / "api-2.log",
+        ready=lambda: answers(port),
+        environment={"QUERN_METRICS_BIND": f"unix:{stack.directory}/metrics-api-2.sock", **stack.environment, **own},
+        directory=stack.directory,
+    )
+    with process:
+        yield
+
+
+def answers(port: int) -> bool:
+    """Whether something accepts connections."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def children(parent: int | None) -> list[int]:
+    """The ids of a process's children."""
+    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def main() -> None:
@@ -118,54 +168,59 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--waf", choices=["block", "detect", "none"], default="block")
-    parser.add_argument("--workers", type=int, default=2, help="Gunicorn workers, as on a host of two cores")
+    parser.add_argument("--workers", type=int, default=1, help="of each of the API's two instances")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("expected wrk, found none; run: apt-get install wrk")
-    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="bench-"))
-    settings = {"QUERN_API_BIND": f"127.0.0.1:{port}"}
+    ports, folder = (free_port(), free_port()), Path(tempfile.mkdtemp(prefix="bench-"))
+    settings = {"QUERN_API_BIND": f"127.0.0.1:{ports[0]}"}
     with (
         temporary_stack(with_engine=False, queues=(), api_workers=arguments.workers, settings=settings) as stack,
-        front_door(port, arguments.waf) as door,
+        second_instance(stack, ports[1]),
+        front_door(ports, arguments.waf) as door,
     ):
         db = stack.runtime.store.db
         made = tenant.create(db, "bench", requests_per_minute=0)
         _, key = keys.create(db, made["_id"], "bench")
-        client = Client(f"http://127.0.0.1:{port}", key)
+        client = Client(f"http://127.0.0.1:{ports[0]}", key)
         form = client.call("POST", "/api/v1/forms", FORM)["id"]
         client.call("POST", f"/api/v1/forms/{form}/publish")
         kinds = {
             "POST a response": (f"/api/v1/forms/{form}/responses", json.dumps({"answers": ANSWERS})),
             "GET a form": (f"/api/v1/forms/{form}", None),
         }
-        places = {"socket": f"http://127.0.0.1:{port}", "front door": f"https://127.0.0.1:{door.port}"}
+        bases = {
+            "socket": [f"http://127.0.0.1:{port}" for port in ports],
+            "front door": [f"https://127.0.0.1:{door.port}"] * len(ports),
+        }
         for kind, (path, body) in kinds.items():
-            found: dict[str, list[tuple[float, str]]] = {name: [] for name in places}
-            spent: dict[str, dict[str, float]] = {name: defaultdict(float) for name in places}
-            answered, until_settled = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0.0)
+            found: dict[str, list[Figure]] = {name: [] for name in bases}
+            spent: dict[str, dict[str, float]] = {name: defaultdict(float) for name in bases}
+            answered, until_settled = dict.fromkeys(bases, 0.0), dict.fromkeys(bases, 0.0)
             for _ in range(arguments.rounds):
-                for name, base in places.items():
+                for name, places in bases.items():
                     before, began = processor_seconds(), time.monotonic()
-                    rate, tail = drive(base + path, key, body, arguments.clients, arguments.seconds, folder)
+                    urls = [place + path for place in places]
+                    figure = drive(urls, key, body, arguments.clients, arguments.seconds, folder)
                     settle(db)
                     until_settled[name] += time.monotonic() - began
                     for command, seconds in processor_seconds().items():
                         part = "nginx" if command == "nginx" else "API and database"
                         spent[name][part] += 1000 * (seconds - before.get(command, 0.0))
-                    answered[name] += rate * arguments.seconds
-                    found[name].append((rate, tail))
+                    answered[name] += figure.rate * arguments.seconds
+                    found[name].append(figure)
             pairs = zip(found["front door"], found["socket"], strict=True)
-            ratios = [through[0] / direct[0] for through, direct in pairs]
+            ratios = [through.rate / direct.rate for through, direct in pairs]
             for name, figures in found.items():
-                rates = ", ".join(f"{rate:.0f}" for rate, _ in figures)
-                print(f"{kind}, {name}: {rates} requests/s; p99 {', '.join(tail for _, tail in figures)}")
+                rates, tails = (", ".join(f"{value:.0f}" for value in column) for column in zip(*figures, strict=True))
+                print(f"{kind}, {name}: {rates} requests/s; p99 {tails} ms")
             cost = {name: {part: ms / answered[name] for part, ms in parts.items()} for name, parts in spent.items()}
             for name, parts in cost.items():
                 shown = ", ".join(f"{part} {ms:.2f}" for part, ms in sorted(parts.items()))
                 print(f"{kind}, {name}: processor, ms a request: {shown}")
             own, before_it = cost["socket"]["API and database"], cost["front door"]["nginx"]
             print(f"{kind}: by processor time: {own / (own + before_it):.2f}")
-            sustained = {name: answered[name] / until_settled[name] for name in places}
+            sustained = {name: answered[name] / until_settled[name] for name in bases}
             print(f"{kind}: sustained {', '.join(f'{name} {rate:.0f}' for name, rate in sustained.items())} requests/s")
             print(f"{kind}: sustained ratio {sustained['front door'] / sustained['socket']:.2f}")
             print(f"{kind}: ratio {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")

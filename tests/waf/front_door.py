@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,21 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _only(api: str) -> dict[str, str]:
-    """What makes `api` the only instance."""
+def _instances(addresses: Sequence[str]) -> dict[str, str]:
+    """What makes `addresses`, two at most, the only instances."""
     limits = "max_fails=1 fail_timeout=2s;"
-    return {
-        f"server unix:/run/quern-api/1.sock {limits}": f"server {api};",
-        f"server unix:/run/quern-api/2.sock {limits}": "",
-    }
+    servers = [f"server {address} {limits}" for address in addresses] + [""]
+    return {f"server unix:/run/quern-api/{number}.sock {limits}": servers[number - 1] for number in (1, 2)}
 
 
 class FrontDoor(ChildProcess):
     """Listens by TLS on a loopback port, in front of UNIX sockets in `directory` (api-1.sock, api-2.sock, events.sock).
 
     The configuration is the role's, rendered with the role's defaults and `variables`; only its paths and ports are
-    other ones. `api` is the address of the only instance, where that is no socket.
+    other ones. `api` are the addresses of the instances, where these are no sockets.
     """
 
-    def __init__(self, directory: Path, *, api: str | None = None, **variables: Any) -> None:
+    def __init__(self, directory: Path, *, api: Sequence[str] = (), **variables: Any) -> None:
         self.directory, self.port, self.plain_port = directory, free_port(), free_port()
         root = unpacked("front-door", PACKAGES)
         libraries = root / "usr" / "lib" / f"{os.uname().machine}-linux-gnu"
@@ -77,7 +76,7 @@ class FrontDoor(ChildProcess):
             "listen 127.0.0.1:9460": f"listen unix:{directory}/metrics.sock",
             "/etc/quern/tls/server.pem": str(self.certificate.chain),
             "/etc/quern/tls/server.key": str(self.certificate.key),
-            **(_only(api) if api else {}),
+            **(_instances(api) if api else {}),
             "/run/quern-api/1.sock": f"{directory}/api-1.sock",
             "/run/quern-api/2.sock": f"{directory}/api-2.sock",
             "/run/quern-events.sock": f"{directory}/events.sock",
