@@ -31,6 +31,9 @@ from typing import Any
 from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if "stages" in sys.argv:
+    # As `quern etl` has it; read as Arrow is loaded.
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
 
 import pyarrow as pa
 import pyarrow.parquet as pq

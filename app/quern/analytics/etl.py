@@ -53,6 +53,8 @@ _SAVE_EVERY: Final = 5.0
 _TOGETHER: Final = 200_000
 #: Documents of days that nobody asked for that are built with those before and after them.
 _BETWEEN: Final = 2000
+#: Documents between two moments at which freed memory is given back: seldom enough to cost nothing (15 ms).
+_GIVE_BACK_AFTER: Final = 100_000
 #: New objects between two looks for cycles of garbage. Documents make none, and the looks cost a tenth of a run.
 _COLLECT_AFTER: Final = 200_000
 _M_TRIM_THRESHOLD: Final = -1
@@ -302,7 +304,7 @@ class Etl:
         return found
 
     def _build(self, manifest: Manifest, work: Work, report: Report, today: date) -> None:
-        total, saved = len(work.pending), time.monotonic()
+        total, saved, given_back = len(work.pending), time.monotonic(), 0
         for tenant, first, last, period in self._spans(work.pending, today):
             self._progress(Progress(total - len(work.pending), total, report.documents, f"{tenant} {first}"))
             built = self._build_span(tenant, first, last, period, manifest, today)
@@ -314,6 +316,11 @@ class Etl:
                     report.problems += [f"{tenant} {day}: {problem}" for problem in [*problems, *named]]
                 continue
             work.done(Span(tenant, first, last, built.partitions))
+            if report.documents - given_back >= _GIVE_BACK_AFTER:
+                # Each heap and thread keeps the most that it ever needed, and no two need it at once: without this, a
+                # long run comes to hold the sum of what each of its parts held at some time.
+                pa.default_memory_pool().release_unused()
+                given_back = report.documents
             if time.monotonic() - saved > _SAVE_EVERY:
                 work.save()
                 saved = time.monotonic()
@@ -390,7 +397,8 @@ class Etl:
 def keep_freed_memory() -> None:
     """Keep what this process frees for its next documents: giving it back and asking again is a fifth of a run.
 
-    So Arrow, too, takes its memory from the C library, and glibc's is told to keep it (mallopt(3)).
+    So Arrow, too, takes its memory from the C library, and glibc's is told to keep it (mallopt(3)). What Arrow's
+    writers take for themselves follows `ARROW_DEFAULT_MEMORY_POOL`, which is read as it is loaded (`cli.etl`).
     """
     pa.set_memory_pool(pa.system_memory_pool())
     with suppress(OSError, AttributeError):

@@ -228,25 +228,26 @@ def leaves_of(document: Document) -> dict[tuple[str, str, str], Any]:
     Vectors are left out: they are compared on their own.
     """
     found: dict[tuple[str, str, str], Any] = {}
-
-    def walk(source: str, path: str, item: str, value: Any) -> None:
-        if isinstance(value, dict):
-            scores = source == "result" and path.endswith(".scores") and path.count(".") == 1
-            for name, inner in value.items():
-                if scores and not isinstance(inner, dict | list):
-                    walk(source, path, name, inner)
-                elif not (source == "result" and name == "vector" and "." not in path and isinstance(inner, list)):
-                    walk(source, f"{path}.{name}", item, inner)
-        elif isinstance(value, list):
-            for index, inner in enumerate(value):
-                walk(source, path, f"{item}.{index}" if item else str(index), inner)
-        elif value is not None:
-            found[source, path, item] = value
-
     for source, values in (("answer", document.get("answers")), ("result", document.get("results"))):
         for name, value in (values or {}).items():
-            walk(source, name, "", value)
+            _walk(found, source, name, "", value)
     return found
+
+
+# Not within the former: a function that knows itself keeps what it has found until somebody looks for cycles.
+def _walk(found: dict[tuple[str, str, str], Any], source: str, path: str, item: str, value: Any) -> None:
+    if isinstance(value, dict):
+        scores = source == "result" and path.endswith(".scores") and path.count(".") == 1
+        for name, inner in value.items():
+            if scores and not isinstance(inner, dict | list):
+                _walk(found, source, path, name, inner)
+            elif not (source == "result" and name == "vector" and "." not in path and isinstance(inner, list)):
+                _walk(found, source, f"{path}.{name}", item, inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _walk(found, source, path, f"{item}.{index}" if item else str(index), inner)
+    elif value is not None:
+        found[source, path, item] = value
 
 
 def rows_as_leaves(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Any]:

@@ -1,5 +1,6 @@
 """`quern etl`: fill the warehouse, see how far it is, compare it with MongoDB, make it anew."""
 
+import os
 import signal
 import sys
 import time
@@ -103,6 +104,8 @@ def _db() -> Db:
 
 
 def _make(pause: Callable[[], None], show: Callable[[int, int, str], None]) -> "Etl":
+    # Read as Arrow is loaded: its writers, too, take their memory from the C library, which alone gives it back.
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
     from quern.analytics.etl import Etl, NotConfiguredError, keep_freed_memory
 
     keep_freed_memory()

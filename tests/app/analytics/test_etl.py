@@ -121,6 +121,23 @@ def test_rows_that_do_not_fit_in_memory_are_written_and_merged_in_parts(
     assert desk.holds()
 
 
+def test_a_long_run_gives_back_what_it_freed_as_it_goes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etl, "_GIVE_BACK_AFTER", 4)
+    pool, given_back = pa.default_memory_pool, []
+
+    def asked_for() -> pa.MemoryPool:
+        given_back.append(len(list(desk.root.rglob("fact_response/*.parquet"))))
+        return pool()
+
+    monkeypatch.setattr(etl.pa, "default_memory_pool", asked_for)
+    for month in (1, 2, 3, 4):
+        for _ in range(2):
+            desk.submit(moment(date(2026, month, 1)), {"sector": "health"})
+    desk.run()
+    # After each month of two responses and two entries, and once more before publishing.
+    assert given_back == [1, 2, 3, 4, 4]
+
+
 def test_large_answers_are_flattened_a_few_at_a_time(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "PIECE", 2)
     monkeypatch.setattr(source, "BATCH_BYTES", 20_000)

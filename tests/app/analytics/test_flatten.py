@@ -1,5 +1,6 @@
 """Any answer that a form can take, and any result, comes back from the warehouse as it was."""
 
+import gc
 import math
 import time
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -157,6 +158,17 @@ def test_nothing_is_lost_whatever_the_shape(answers: dict[str, Any], results: di
         assert stored.differences(there) == []
     wanted = {key: float(value) if type(value) is int else value for key, value in leaves_of(document).items()}
     assert rows_as_leaves(rows) == wanted
+
+
+def test_what_is_walked_is_let_go_of_at_once() -> None:
+    document = _document({"comment": "fine", "people": [{"name": "Ada"}]}, RESULTS)
+    gc.collect()
+    gc.disable()
+    try:
+        leaves_of(document)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
