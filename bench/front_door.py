@@ -2,7 +2,7 @@
 
 Both are driven by `wrk` with the same requests; the front door is the role's (roles/nginx as tests/waf renders it, from
 Debian's packages). `--waf none` and `--waf detect` show what the firewall costs. As on a host, the API has two
-instances, and nginx goes before them; each turn has one wrk for each instance, so that a lucky or unlucky distribution of
+instances, and nginx goes before them; each turn has one wrk for each instance, so that a lucky distribution of
 connections does not decide. They listen on loopback, as wrk speaks no UNIX sockets; nginx reaches them there too. The
 processor time of a request, nginx's and that of all others but wrk, tells the ratio on a machine that does nothing
 else, however busy it is.

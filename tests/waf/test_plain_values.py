@@ -66,6 +66,16 @@ def test_a_rule_that_calm_requests_skip_can_match_none_of_them(front_door: Front
     assert listed - needless(files(front_door), screens, listed) == set()
 
 
+def test_a_command_needs_what_the_short_expression_finds(front_door: FrontDoor) -> None:
+    path = front_door.directory / "modsecurity" / "own.conf"
+    (chain,) = [chain for chain in rules_of(path) if number(chain) == 10030]
+    short, long = screen_of(chain[1]), chain[2]["operator_argument"]
+    assert not may_match(long, short)
+    for place in range(len(short.patterns)):
+        less = (*short.patterns[:place], *short.patterns[place + 1 :])
+        assert may_match(long, replace(short, patterns=less))
+
+
 @pytest.mark.parametrize("more", ["<", "=", ":", "$"])
 def test_the_proof_fails_for_characters_that_rules_look_for(front_door: FrontDoor, more: str) -> None:
     (screen,), skipped = plain(front_door)
