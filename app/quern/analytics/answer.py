@@ -1,14 +1,15 @@
 """Answering a question: the newest manifest, what the asker's forms have, the plan, the engine. No cache, no HTTP."""
 
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 import pyarrow as pa
 
-from quern.analytics.engine import Engine, Statement
+from quern.analytics.engine import Engine, Part, Statement, TimedOutError
 from quern.analytics.manifest import NAME, Manifest
 from quern.analytics.plan import Asker, Copies, FieldInfo, FormVersion, files, plan
 from quern.analytics.question import ColumnInfo, Freshness, Question
@@ -33,6 +34,22 @@ class Answer:
     freshness: Freshness
 
 
+class Parts(Protocol):
+    """Where what was found in a file is kept for other questions."""
+
+    def get_part(self, part: Part) -> pa.Table | None:
+        """The rows of a part that reads one file, if they are known."""
+        ...
+
+    def put_part(self, part: Part, rows: pa.Table) -> bool:
+        """Keep the rows of a part that reads one file; whether they are."""
+        ...
+
+    def drop_part(self, part: Part) -> None:
+        """Keep them no more."""
+        ...
+
+
 class Warehouse:
     """A published warehouse, read by one engine. Safe to share between threads.
 
@@ -40,7 +57,7 @@ class Warehouse:
     """
 
     def __init__(self, root: Path, engine: Engine, *, seconds: float) -> None:
-        self.root, self.engine, self._seconds = root, engine, seconds
+        self.root, self.engine, self.seconds = root, engine, seconds
         self._loaded: tuple[tuple[int, int], Manifest] | None = None
         self._askers: dict[tuple[int, str | None], Asker] = {}
 
@@ -69,7 +86,7 @@ class Warehouse:
         sql = f"SELECT {', '.join(names)} FROM {source} f"
         fields: dict[str, FieldInfo] = {}
         steps: set[str] = set()
-        rows = self.engine.run(Statement(sql, shape), self._seconds).to_pylist()
+        rows = self.engine.run(Statement(sql, shape), self.seconds).to_pylist()
         for row in rows:
             if row["source"] == "result":
                 steps.add(row["path"])
@@ -83,8 +100,14 @@ class Warehouse:
         self._askers[key] = made
         return made
 
-    def answer(self, question: Question, tenant: str | None) -> Answer:
+    def answer(
+        self, question: Question, tenant: str | None, *, parts: Parts | None = None, seconds: float | None = None
+    ) -> Answer:
         """Compute an answer for a tenant, or with None for the operator.
+
+        Args:
+            parts: keeps what is found in single files, so that it need not be found again.
+            seconds: how long it may take, else as long as any.
 
         Raises:
             NoWarehouseError, AskError, EngineError, TimedOutError: as they say.
@@ -92,13 +115,47 @@ class Warehouse:
         """
         manifest = self.current()
         statement = plan(question, self.engine.dialect, manifest, self.asker(manifest, tenant))
-        table = self.engine.run(statement, self._seconds)
+        table = self._run(statement, parts, self.seconds if seconds is None else seconds)
         if table.num_rows > MOST_ROWS:
             raise TooManyRowsError(
                 f"expected at most {MOST_ROWS} rows, found {table.num_rows}; "
                 "ask for fewer dimensions, a coarser grain or `top`"
             )
         return Answer(table, freshness(manifest))
+
+    def _run(self, statement: Statement, kept: Parts | None, seconds: float) -> pa.Table:
+        if not statement.parts:
+            return self.engine.run(statement, seconds)
+        due = time.monotonic() + seconds
+        tables: list[pa.Table] = []
+        known = 0
+        try:
+            for part in statement.parts:
+                table, is_kept = self._part(part, kept, due)
+                tables.append(table)
+                known += is_kept
+            whole = replace(statement, parts=(), rows=pa.concat_tables(tables))
+            return self.engine.run(whole, due - time.monotonic())
+        except TimedOutError:
+            again = f", of which {known} are kept: ask again, it goes on from there, or" if known else ":"
+            raise TimedOutError(
+                f"expected an answer within {seconds:g} s, found {len(tables)} of {len(statement.parts)} parts of it"
+                f"{again} ask for a shorter range"
+            ) from None
+
+    def _part(self, part: Part, kept: Parts | None, due: float) -> tuple[pa.Table, bool]:
+        """A part's rows, and whether they need not be found again."""
+        if kept is None or part.file is None:
+            return self.engine.run(part.statement, due - time.monotonic()), False
+        if (known := kept.get_part(part)) is not None:
+            return known, True
+        rows = self.engine.run(part.statement, due - time.monotonic())
+        is_kept = kept.put_part(part, rows)
+        # Replaced in the meantime, by an erasure perhaps: whoever cleans up after a publication may have been here.
+        if is_kept and part.file not in self.current().paths:
+            kept.drop_part(part)
+            is_kept = False
+        return rows, is_kept
 
 
 def _copies(rows: list[dict[str, Any]]) -> Copies:

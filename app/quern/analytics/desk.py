@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from quern.analytics import metrics
 from quern.analytics.answer import Answer, Warehouse, columns, freshness, stamp
-from quern.analytics.engine import EngineError
+from quern.analytics.engine import EngineError, TimedOutError
 from quern.analytics.kept import Kept
 from quern.analytics.manifest import Manifest, NoWarehouseError
 from quern.analytics.plan import AskError
@@ -17,6 +17,8 @@ from quern.store import cursor as cursors
 
 _log = logging.getLogger(__name__)
 
+#: How many times as long a question may take of which nobody waits for the answer.
+_PATIENCE_BEFOREHAND: Final = 5
 #: What a tenant's overview shows: computed for every tenant whose part of the warehouse a publication changed.
 STANDARD: Final = [
     Question(measure=Measure.RESPONSES, grain="day"),
@@ -65,15 +67,15 @@ class Desk:
             known[tenant] = f"{tenant or '-'}:{stamp(manifest, tenant)}"
         return known[tenant]
 
-    def ask(self, question: Question, tenant: str | None) -> Found:
-        """The whole answer, newest warehouse. Raises as `Warehouse.answer`."""
+    def ask(self, question: Question, tenant: str | None, seconds: float | None = None) -> Found:
+        """The whole answer, newest warehouse. Raises as `Warehouse.answer`, whose `seconds` these are."""
         manifest = self.warehouse.current()
         mark = self.stamp(manifest, tenant)
         found = self.kept.get(mark, question)
         if found is not None:
             # The files are the same as then, so the answer is as new as the manifest.
             return Found(Answer(found.table, freshness(manifest)), True, mark)
-        made = self.warehouse.answer(question, tenant)
+        made = self.warehouse.answer(question, tenant, parts=self.kept, seconds=seconds)
         self.kept.put(mark, question, made)
         return Found(made, False, mark)
 
@@ -87,7 +89,12 @@ class Desk:
         """
         offset = 0
         if cursor is None:
-            found = self.ask(question, tenant)
+            try:
+                found = self.ask(question, tenant)
+            except TimedOutError:
+                # The more so: beforehand there is more time.
+                self.kept.remember(tenant, question)
+                raise
             self.kept.remember(tenant, question)
         else:
             mark, fingerprint, place = cursors.decode(cursor, 3)
@@ -118,6 +125,9 @@ class Desk:
     def retire_former(self) -> None:
         """Let go of what is kept of former publications. Raises NoWarehouseError."""
         manifest = self.warehouse.current()
+        mark = self.stamp(manifest, None)
+        if self._retired.get(None) != mark:
+            self.kept.retire_parts(manifest.paths)
         for tenant in [*manifest.tenants, None]:
             mark = self.stamp(manifest, tenant)
             if self._retired.get(tenant) != mark:
@@ -136,7 +146,7 @@ class Desk:
                 if stop.is_set():
                     return made
                 try:
-                    made += not self.ask(question, tenant).cached
+                    made += not self.ask(question, tenant, self.warehouse.seconds * _PATIENCE_BEFOREHAND).cached
                 except (AskError, EngineError, ValueError) as error:
                     # A field that is gone, a question that takes too long: whoever asks it is told.
                     _log.debug("not answered beforehand: %s", error)

@@ -33,7 +33,7 @@ class Dialect(ABC):
     materializes: bool
     """Whether a common table expression is computed once, however often it is read."""
     most_rows: int
-    """Of `fact_answer`, in one statement that keeps something of every response; 0: any number."""
+    """Of `fact_answer`, in one statement that looks into each text; 0: any number."""
 
     @abstractmethod
     def scan(self, table: Table, files: Sequence[Path]) -> str:
@@ -100,8 +100,19 @@ class Statement:
     shape: pa.Schema
     """Names and types of the answer's columns; the SQL's have the same order and names of their own."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    parts: Sequence[str] = ()
-    """Statements that are run first, one after another: their rows together are the table `parts` of `sql`."""
+    parts: Sequence["Part"] = ()
+    """What has to be run before: all their rows together are `rows`."""
+    rows: pa.Table | None = None
+    """The table `parts` of `sql`, once its parts were run."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a statement: a statement of its own."""
+
+    statement: Statement
+    file: str | None = None
+    """Where it reads one file only: its path in the warehouse. A file never changes, and so its rows do not either."""
 
 
 class Engine(Protocol):

@@ -2,12 +2,17 @@
 
 A key names the files that were read, so nothing is ever stale: a publication that changes a tenant's files gives its
 questions new keys. Redis may forget any of it, or be away: then the answer is computed.
+
+What is dear to find in a file, the terms of its texts, is kept by file, so that a question pays for new files only. It
+has words of answers in it: when a publication replaces a file, what was kept of it goes at once.
 """
 
 import logging
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
+from hashlib import sha256
 from typing import Final
 
 import orjson
@@ -16,17 +21,22 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from quern.analytics.answer import Answer
+from quern.analytics.engine import Part
 from quern.analytics.question import Freshness, Question
 
 _log = logging.getLogger(__name__)
 
 _PREFIX: Final = "quern:analytics:2"
+_PART: Final = f"{_PREFIX}:part:"
 _FRESHNESS: Final = b"freshness"
 #: Of the answers that are held in memory besides: the ones asked last.
 _NEAR: Final = 256
 _NEAR_BYTES: Final = 1 << 20
 #: As long as the warehouse keeps the files that were replaced.
 _RETIRED_SECONDS: Final = 900
+#: What was found in one file: how long it is kept, so that every night goes on from the last, and bytes of the largest.
+_PART_SECONDS: Final = 7 * 86_400
+_PART_BYTES: Final = 8 << 20
 #: Questions of a tenant that are remembered, to be answered anew after a publication.
 _REMEMBERED: Final = 30
 _REMEMBERED_SECONDS: Final = 7 * 86_400
@@ -68,11 +78,8 @@ class Kept:
         if self._redis is None:
             return
         marked = answer.table.replace_schema_metadata({_FRESHNESS: answer.freshness.model_dump_json()})
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, marked.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            writer.write_table(marked)
         try:
-            self._redis.set(key, sink.getvalue().to_pybytes(), ex=self._seconds)
+            self._redis.set(key, _packed(marked), ex=self._seconds)
         except RedisError:
             _log.warning("Redis `cache` does not answer; an answer is not kept", exc_info=True)
 
@@ -84,6 +91,44 @@ class Kept:
             self._near.move_to_end(key)
             while len(self._near) > _NEAR:
                 self._near.popitem(last=False)
+
+    def get_part(self, part: Part) -> pa.Table | None:
+        """What was found in a file, if it is still known. Implements `answer.Parts`."""
+        if self._redis is None:
+            return None
+        try:
+            raw = self._redis.get(_key_of(part))
+        except RedisError:
+            return None
+        return pa.ipc.open_stream(raw).read_all() if isinstance(raw, bytes) else None
+
+    def put_part(self, part: Part, rows: pa.Table) -> bool:
+        """Keep what was found in a file; whether it is kept. Implements `answer.Parts`."""
+        if self._redis is None or len(packed := _packed(rows)) > _PART_BYTES:
+            return False
+        try:
+            self._redis.set(_key_of(part), packed, ex=_PART_SECONDS)
+        except RedisError:
+            _log.warning("Redis `cache` does not answer; what was found in a file is not kept", exc_info=True)
+            return False
+        return True
+
+    def drop_part(self, part: Part) -> None:
+        """Let go of what was found in a file. Implements `answer.Parts`."""
+        if self._redis is not None:
+            with suppress(RedisError):
+                self._redis.delete(_key_of(part))
+
+    def retire_parts(self, files: set[str]) -> None:
+        """Let go of what was found in other files than these, which are all that a warehouse has."""
+        if self._redis is None:
+            return
+        try:
+            for raw in self._redis.scan_iter(match=f"{_PART}*", count=1000):
+                if raw.decode().removeprefix(_PART).rpartition(":")[0] not in files:
+                    self._redis.delete(raw)
+        except RedisError:
+            _log.warning("Redis `cache` does not answer; what was found in replaced files ends soon", exc_info=True)
 
     def retire(self, stamp: str) -> None:
         """Let go of what is kept under other stamps of the same tenant: at once here, soon in Redis.
@@ -128,3 +173,16 @@ class Kept:
         except RedisError:
             return []
         return [Question.model_validate(orjson.loads(raw)) for raw in found if isinstance(raw, bytes)]
+
+
+def _key_of(part: Part) -> str:
+    bound = sorted(part.statement.parameters.items())
+    return f"{_PART}{part.file}:{sha256(repr((part.statement.sql, bound)).encode()).hexdigest()[:32]}"
+
+
+def _packed(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed

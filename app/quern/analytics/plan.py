@@ -5,13 +5,13 @@ Nothing that a client sends becomes a part of the SQL: values and paths are boun
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
 from typing import Any, Final
 
 import pyarrow as pa
 
-from quern.analytics.engine import Dialect, Parameter, Statement
+from quern.analytics.engine import Dialect, Parameter, Part, Statement
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.question import (
     BUCKET,
@@ -35,6 +35,9 @@ _QUANTILES: Final = {"p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.
 _OF_ANSWER: Final = frozenset({"form", "version", "weekday", "hour", TENANT})
 _COMPARE: Final = {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _DEFAULT_TOP: Final = 100
+#: A file with this part of the rows that the dialect takes at once is read by itself, and what is found in it is kept.
+_ALONE: Final = 10
+_TERMS: Final = pa.schema([("c0", pa.string()), ("c1", pa.int64()), ("c2", pa.int64())])
 #: Forms named in one expression; beyond that the answers' own rows are read.
 _MOST_FORMS: Final = 50
 #: Kinds of `dim_field` whose answers have one row a response at most, unless they are repeated.
@@ -105,7 +108,7 @@ class _Plan:
     def __init__(self, question: Question, dialect: Dialect, manifest: Manifest, asker: Asker) -> None:
         self.question, self.dialect, self.manifest, self.asker = question, dialect, manifest, asker
         self.parameters: dict[str, Parameter] = {}
-        self.parts: list[str] = []
+        self.parts: list[Part] = []
 
     # The answer's columns get names of ours in SQL (`c0`, `c1` …): a client's never stand there.
     def statement(self) -> Statement:
@@ -128,8 +131,10 @@ class _Plan:
         order = ", ".join(self._order(columns))
         limit = "" if top is None else f" LIMIT {int(top)}"
         sql = f"SELECT {', '.join(columns)} FROM ({body}) answer ORDER BY {order}{limit}"
-        used = self.dialect.bound_in(" ".join([sql, *self.parts]), self.parameters)
-        return Statement(sql, shape(question), used, self.parts)
+        return self._bound(sql, shape(question), self.parts)
+
+    def _bound(self, sql: str, shape: pa.Schema, parts: Sequence[Part] = ()) -> Statement:
+        return Statement(sql, shape, self.dialect.bound_in(sql, self.parameters), parts)
 
     def _order(self, columns: list[str]) -> list[str]:
         question = self.question
@@ -159,15 +164,19 @@ class _Plan:
         """The asker's rows of a table: the files of exactly their tenants, of the days that the range touches."""
         return self._scan(table, self._reach(table))
 
-    def _scans(self, table: str) -> list[str]:
-        """The same as scans of some files each, so that none has many more rows than the dialect takes at once."""
-        groups: list[list[Partition]] = [[]]
-        for partition in self._reach(table):
-            rows = sum(item.rows for item in groups[-1])
-            if groups[-1] and self.dialect.most_rows and rows + partition.rows > self.dialect.most_rows:
-                groups.append([])
-            groups[-1].append(partition)
-        return [self._scan(table, group) for group in groups]
+    def _groups(self, partitions: Sequence[Partition]) -> list[list[Partition]]:
+        """The same in groups, none with many more rows than the dialect takes at once; what is large stands alone."""
+        large = self.dialect.most_rows // _ALONE
+        groups = [[partition] for partition in partitions if partition.rows > large]
+        gathered: list[Partition] = []
+        for partition in partitions:
+            if partition.rows > large:
+                continue
+            if gathered and sum(item.rows for item in gathered) + partition.rows > self.dialect.most_rows:
+                groups.append(gathered)
+                gathered = []
+            gathered.append(partition)
+        return [*groups, gathered] if gathered else groups
 
     def _scan(self, table: str, partitions: Sequence[Partition]) -> str:
         return self.dialect.scan(TABLES[table], [self.manifest.root / item.path for item in partitions])
@@ -307,21 +316,35 @@ class _Plan:
 
     def _terms(self) -> str:
         question = self.question
-        where = ["a.source = 'answer'", "a.kind IN ('text', 'long_text')", *self._within("a.created")]
+        where = ["a.source = 'answer'", "a.kind IN ('text', 'long_text')"]
         if question.of is not None:
             self._field(question.of)
             where.append(f"a.path = {self.bind(self._path(question.of)[1])}")
         where += self._answer_side(question.filters)
-        shortest = self.bind(question.min_length)
-        counted = []
-        for scanned in self._scans("fact_answer"):
-            texts = f"SELECT a.response AS response, a.value_text AS text FROM {scanned} a WHERE {' AND '.join(where)}"
-            counted.append(self.dialect.terms(texts, shortest))
-        if len(counted) == 1:
-            return counted[0]
-        self.parts = counted
+        files = self._reach("fact_answer")
+        if sum(item.rows for item in files) <= self.dialect.most_rows or not self.dialect.most_rows:
+            texts = self._texts(files, [*where, *self._within("a.created")])
+            return self.dialect.terms(texts, self.bind(question.min_length))
+        self.parts = [self._part_of_terms(group, where) for group in self._groups(files)]
         # Every row of a response is in one file, so nothing is counted twice.
-        return "SELECT c0, sum(c1) AS c1, sum(c2) AS c2 FROM parts GROUP BY c0"
+        shortest = self.bind(question.min_length)
+        return f"SELECT c0, sum(c1) AS c1, sum(c2) AS c2 FROM parts WHERE length(c0) >= {shortest} GROUP BY c0"
+
+    def _part_of_terms(self, files: Sequence[Partition], where: Sequence[str]) -> Part:
+        """All terms of some files, of every length and as if no range was asked for where they lie within it: so what
+        is kept of a file serves other questions, too."""
+        within = [] if all(map(self._is_in_range, files)) else self._within("a.created")
+        sql = self.dialect.terms(self._texts(files, [*where, *within]), "1")
+        return Part(self._bound(sql, _TERMS), files[0].path if len(files) == 1 else None)
+
+    def _texts(self, files: Sequence[Partition], where: Sequence[str]) -> str:
+        scanned = self._scan("fact_answer", files)
+        return f"SELECT a.response AS response, a.value_text AS text FROM {scanned} a WHERE {' AND '.join(where)}"
+
+    def _is_in_range(self, partition: Partition) -> bool:
+        first, after = (datetime.combine(day, time(), UTC) for day in partition.days)
+        bounds = self.question.range
+        return (bounds.start is None or bounds.start <= first) and (bounds.before is None or bounds.before >= after)
 
     def _similar(self) -> str:
         question = self.question

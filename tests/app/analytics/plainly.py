@@ -279,7 +279,7 @@ class _Asked:
             found: list[str] = []
             for path, text in self.texts(item):
                 if self.question.of in (None, f"answer.{path}"):
-                    found += _terms(text)
+                    found += terms(text)
             found = [term for term in found if len(term) >= self.question.min_length]
             occurrences.update(found)
             responses.update(set(found))
@@ -350,7 +350,7 @@ def _statistic(name: str, values: list[float], whole: int) -> Any:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _terms(text: str) -> list[str]:
+def terms(text: str) -> list[str]:
     plain = "".join(part.lower()[0] if unicodedata.category(part)[0] in "LN" else " " for part in text)
     return plain.replace("ς", "σ").split()
 

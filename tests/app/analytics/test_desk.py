@@ -1,16 +1,21 @@
 """Answers are kept, paged, made beforehand, and never older than the tenant's files."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
+from quern.analytics import answer
 from quern.analytics.answer import Warehouse
 from quern.analytics.desk import STANDARD, Desk, GoneError
-from quern.analytics.duckdb_engine import DuckDbEngine
+from quern.analytics.duckdb_engine import DuckDbDialect, DuckDbEngine
+from quern.analytics.engine import Part, Statement, TimedOutError
 from quern.analytics.kept import Kept
 from quern.analytics.manifest import Manifest, NoWarehouseError, Source
 from quern.analytics.plan import AskError
@@ -18,9 +23,11 @@ from quern.analytics.question import Filter, Measure, Question
 from quern.embedded.redis_server import RedisServer
 from quern.store import redis_connection
 from quern.store.cursor import BadCursorError
+from tests.app.analytics import plainly
 from tests.app.analytics.world import FORMS, TENANTS, World, publish, world
 
 MINE, OTHERS = TENANTS
+TERMS = Question(measure=Measure.TERMS, min_length=1, top=10_000)
 EACH = Question(measure=Measure.RESPONSES, grain="hour", dimensions=["form", "version"])
 
 
@@ -38,12 +45,12 @@ class Place:
         kept = Kept(redis_connection.connect(lambda: self.url, timeout=5), 600)
         return Desk(Warehouse(self.root, self.engine, seconds=60), kept)
 
-    def publish_without(self, tenant: str) -> Manifest:
-        """Publish the same again, less one tenant's responses of the last period."""
+    def publish_without(self, tenant: str, table: str = "fact_response") -> Manifest:
+        """Publish the same again, less one tenant's rows of the last period."""
         manifest = Manifest.load(self.root)
-        fewer = manifest.partitions("fact_response", tenant)[:-1]
+        fewer = manifest.partitions(table, tenant)[:-1]
         now = datetime(2025, 2, 1, tzinfo=UTC)
-        changed = manifest.with_partitions("fact_response", tenant, fewer)
+        changed = manifest.with_partitions(table, tenant, fewer)
         return changed.publish(keep=timedelta(hours=1), freshness=now, source=Source(), at=now)
 
 
@@ -154,6 +161,80 @@ def test_what_was_kept_before_a_publication_ends_soon_after_it(place: Place, red
         }
     assert [end <= 900 for end in ends[MINE]] == [True, False]
     assert [end <= 900 for end in ends[OTHERS]] == [False]
+
+
+def _parts(redis_cache: RedisServer) -> set[str]:
+    """The files of which something is kept."""
+    with redis_connection.connect(lambda: redis_cache.url) as redis:
+        return {key.decode().split(":")[4] for key in redis.scan_iter(match="*:part:*")}
+
+
+def _files(tenant: str, root: Path) -> list[str]:
+    return [item.path for item in Manifest.load(root).partitions("fact_answer", tenant)]
+
+
+def test_words_of_a_replaced_file_are_kept_no_more(
+    place: Place, redis_cache: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DuckDbDialect, "most_rows", 1)
+    desk, (mine, others) = place.desk(), (_files(tenant, place.root) for tenant in TENANTS)
+    for tenant in TENANTS:
+        desk.ask(TERMS, tenant)
+    assert _parts(redis_cache) == {*mine, *others}
+    place.publish_without(MINE, "fact_answer")
+    desk.retire_former()
+    assert _parts(redis_cache) == {*mine[:-1], *others}
+
+
+def test_words_of_a_file_that_is_replaced_while_they_are_counted_are_not_kept(
+    place: Place, redis_cache: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DuckDbDialect, "most_rows", 1)
+    mine, put = _files(MINE, place.root), Kept.put_part
+
+    def put_late(kept: Kept, part: Part, rows: pa.Table) -> bool:
+        if part.file == mine[-1]:
+            place.publish_without(MINE, "fact_answer")
+        return put(kept, part, rows)
+
+    monkeypatch.setattr(Kept, "put_part", put_late)
+    place.desk().ask(TERMS, MINE)
+    assert _parts(redis_cache) == set(mine[:-1])
+
+
+def test_time_that_ends_between_two_parts_is_said_and_the_next_goes_on_from_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DuckDbDialect, "most_rows", 1)
+    desk, put, now = place.desk(), Kept.put_part, time.monotonic
+    count = len(_files(MINE, place.root))
+
+    def put_and_wait(kept: Kept, part: Part, rows: pa.Table) -> bool:
+        monkeypatch.setattr(answer, "time", SimpleNamespace(monotonic=lambda: now() + 1000))
+        return put(kept, part, rows)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(Kept, "put_part", put_and_wait)
+        with pytest.raises(TimedOutError, match=rf"within 60 s, found 1 of {count} parts .* 1 are kept: ask again"):
+            desk.page(TERMS, MINE, 1000, None)
+    monkeypatch.setattr(answer, "time", time)
+    run, ran = DuckDbEngine.run, list[Statement]()
+
+    def watched(engine: DuckDbEngine, statement: Statement, seconds: float) -> pa.Table:
+        ran.append(statement)
+        return run(engine, statement, seconds)
+
+    monkeypatch.setattr(DuckDbEngine, "run", watched)
+    # It was remembered, too.
+    assert TERMS in desk.kept.remembered(MINE)
+    assert desk.page(TERMS, MINE, 1000, None).total_rows == len(plainly.answer(TERMS, place.world, MINE))
+    assert len(ran) == count - 1 + 1
+
+
+def test_time_that_is_over_before_a_statement_begins_ends_it(place: Place) -> None:
+    endless = Statement("SELECT count(*) AS c0 FROM range(100_000_000_000)", pa.schema([("c0", pa.int64())]))
+    with pytest.raises(TimedOutError, match="within 0 s"):
+        place.engine.run(endless, 0.0)
 
 
 def test_without_redis_every_question_is_answered(place: Place) -> None:

@@ -129,7 +129,7 @@ def test_a_long_run_gives_back_what_it_freed_as_it_goes(desk: Desk, monkeypatch:
         given_back.append(len(list(desk.root.rglob("fact_response/*.parquet"))))
         return pool()
 
-    monkeypatch.setattr(etl.pa, "default_memory_pool", asked_for)
+    monkeypatch.setattr(pa, "default_memory_pool", asked_for)
     for month in (1, 2, 3, 4):
         for _ in range(2):
             desk.submit(moment(date(2026, month, 1)), {"sector": "health"})
@@ -362,6 +362,28 @@ def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeyp
     monkeypatch.undo()
     desk.run()
     assert desk.holds()
+
+
+def test_of_a_hundred_responses_those_that_differ_are_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(column: Column) -> Iterator[Stripe]:
+        yield from (stripe for stripe in shred(column) if "lost" not in stripe.values)
+
+    for number in range(100):
+        # A stripe is lost whole, and a stripe is of 32 responses: the first of these is of one.
+        answers = {"code": "lost"} if number == 50 else {"comment": f"text {number}", "score": 3}
+        desk.keep({"answers": answers, "version": 1, "created": moment("2026-03-07")})
+    broken = desk.db.responses.find_one({"answers.code": "lost"})
+    assert broken is not None
+    monkeypatch.setattr("quern.analytics.flatten.shred", lossy)
+    with pytest.raises(MismatchError) as caught:
+        desk.run()
+    assert f"{desk.tenant} 2026-03-07: response {broken['_id']}: answer.code differs" in caught.value.report.problems
+    desk.db.responses.update_many({}, {"$set": {"answers.code": "lost"}})
+    with pytest.raises(MismatchError) as caught:
+        desk.run()
+    named = [line for line in caught.value.report.problems if "response rsp_" in line]
+    assert len(named) == 20
+    assert f"{desk.tenant} 2026-03-07: and 80 more" in caught.value.report.problems
 
 
 def test_a_number_that_is_none_keeps_no_day_from_its_publication(desk: Desk) -> None:

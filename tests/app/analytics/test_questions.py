@@ -1,6 +1,8 @@
 """Every question has the answer that plain Python finds in the documents."""
 
 import math
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +17,11 @@ from quern.analytics.answer import Warehouse
 from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
 from quern.analytics.duckdb_engine import DuckDbDialect, DuckDbEngine
 from quern.analytics.engine import Engine, Statement
+from quern.analytics.kept import Kept
 from quern.analytics.question import Measure, Question
+from quern.analytics.schema import quote
+from quern.embedded.redis_server import RedisServer
+from quern.store import redis_connection
 from tests.app.analytics import chdb_server, plainly
 from tests.app.analytics.questions import questions
 from tests.app.analytics.world import TENANTS, World, publish, world
@@ -113,23 +119,103 @@ def test_every_measure_has_an_answer_that_is_not_empty(houses: Callable[[int], P
         same(found, plainly.answer(question, house.world, None), question)
 
 
+#: Of the files of the houses: all; from inside of one to inside of another; to inside of one.
+_CUTS: tuple[dict[str, str], ...] = (
+    {},
+    {"from": "2024-02-29T05:00:00Z", "before": "2024-12-31T07:00:00Z"},
+    {"before": "2024-12-31T07:00:00Z"},
+)
+_FILTERS: tuple[list[dict[str, Any]], ...] = (
+    [],
+    [{"dimension": "status", "values": ["processed"]}],
+    [{"dimension": "answer.stars", "op": "ge", "values": [2.0]}],
+)
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_terms_counted_a_few_rows_at_a_time_are_the_same(
-    houses: Houses, seed: int, monkeypatch: pytest.MonkeyPatch
+def test_terms_counted_file_by_file_and_kept_are_the_same(
+    houses: Houses, seed: int, monkeypatch: pytest.MonkeyPatch, redis_cache: RedisServer
 ) -> None:
     house = houses(seed)
     monkeypatch.setattr(DuckDbDialect, "most_rows", 1)
-    parts: list[int] = []
-    rows = DuckDbEngine.run
+    ran = _watched(monkeypatch)
+    with redis_connection.connect(lambda: redis_cache.url) as redis:
+        redis.flushall()
+        kept = Kept(redis, 600)
+        for tenant in [TENANTS[seed % 2], None]:
+            for of in (None, "answer.comment"):
+                for shortest, cut, filters in zip((1, 4, 2), _CUTS, _FILTERS, strict=True):
+                    asked = {"of": of, "min_length": shortest, "range": cut, "filters": filters}
+                    question = Question.model_validate({"measure": "terms", "top": 10_000, **asked})
+                    expected = plainly.answer(question, house.world, tenant)
+                    for parts in (None, kept, kept):
+                        ran.clear()
+                        found = house.warehouses["duckdb"].answer(question, tenant, parts=parts).table
+                        same(found, expected, question)
+                    # What was found in each file is only added up.
+                    assert len(ran) == 1
 
-    def run(engine: DuckDbEngine, statement: Statement, seconds: float) -> pa.Table:
-        parts.append(len(statement.parts))
-        return rows(engine, statement, seconds)
 
-    monkeypatch.setattr(DuckDbEngine, "run", run)
-    for tenant in [*TENANTS, None]:
-        for shortest in (1, 4):
-            question = Question.model_validate({"measure": "terms", "min_length": shortest, "top": 10_000})
-            found = house.warehouses["duckdb"].answer(question, tenant).table
-            same(found, plainly.answer(question, house.world, tenant), question)
-    assert max(parts) > 1
+def test_a_file_within_the_range_is_counted_once_for_every_range_and_length(
+    houses: Houses, monkeypatch: pytest.MonkeyPatch, redis_cache: RedisServer
+) -> None:
+    house = houses(0)
+    monkeypatch.setattr(DuckDbDialect, "most_rows", 1)
+    ran = _watched(monkeypatch)
+    with redis_connection.connect(lambda: redis_cache.url) as redis:
+        redis.flushall()
+        for shortest, cut in ((1, {}), (4, {"before": "2024-12-31T07:00:00Z"})):
+            ran.clear()
+            question = Question.model_validate({"measure": "terms", "min_length": shortest, "range": cut})
+            found = house.warehouses["duckdb"].answer(question, TENANTS[0], parts=Kept(redis, 600)).table
+            same(found, plainly.answer(question, house.world, TENANTS[0]), question)
+    # The file of the day in which the range ends, and the sum.
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("most", [40, 400])
+def test_small_files_are_counted_together(houses: Houses, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    house = houses(1)
+    monkeypatch.setattr(DuckDbDialect, "most_rows", most)
+    ran = _watched(monkeypatch)
+    for cut in _CUTS:
+        question = Question.model_validate({"measure": "terms", "min_length": 1, "top": 10_000, "range": cut})
+        found = house.warehouses["duckdb"].answer(question, None).table
+        same(found, plainly.answer(question, house.world, None), question)
+    assert len(ran) > len(_CUTS)
+
+
+def test_words_are_the_same_whatever_stands_between_them(houses: Houses) -> None:
+    warehouse = houses(0).warehouses["duckdb"]
+    source = random.Random(7)
+    between = (
+        [chr(number) for number in range(1, 128)] + list("éßİΣς’“…–\u00a0\u2028日🎉\u0301１Ⅳ²") + [" ", ", ", ". "] * 9
+    )
+    texts = ["".join(source.choice([*between, "word", "Été"]) for _ in range(source.randint(0, 9))) for _ in range(900)]
+    rows = ", ".join(f"('{number // 2}', {quote(text)})" for number, text in enumerate(texts))
+    listed = f"SELECT * FROM (VALUES {rows}, ('x', NULL)) t(response, text)"  # noqa: S608 - own texts
+    sql = warehouse.engine.dialect.terms(listed, "1")
+    shape = pa.schema([("c0", pa.string()), ("c1", pa.int64()), ("c2", pa.int64())])
+    found = warehouse.engine.run(Statement(sql, shape), 60).to_pylist()
+    responses, occurrences = Counter[str](), Counter[str]()
+    for one, other in zip(texts[::2], texts[1::2], strict=True):
+        words = plainly.terms(one) + plainly.terms(other)
+        responses.update(set(words))
+        occurrences.update(words)
+    assert {row["c0"]: (row["c1"], row["c2"]) for row in found} == {
+        word: (responses[word], count) for word, count in occurrences.items()
+    }
+
+
+def _watched(monkeypatch: pytest.MonkeyPatch) -> list[Statement]:
+    """The statements that DuckDB runs from now on, but for those that find out which fields there are."""
+    ran: list[Statement] = []
+    run = DuckDbEngine.run
+
+    def watched(engine: DuckDbEngine, statement: Statement, seconds: float) -> pa.Table:
+        if "dim_field" not in statement.sql:
+            ran.append(statement)
+        return run(engine, statement, seconds)
+
+    monkeypatch.setattr(DuckDbEngine, "run", watched)
+    return ran
