@@ -3,6 +3,9 @@
 import io
 import threading
 import warnings
+from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime, timedelta
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -10,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from quern.analytics import calendar
+from quern.analytics.period import neighbour, period
 from quern.analytics.question import BUCKET, MEASURES, Measure, Question
 
 ChartFormat = Literal["svg", "png"]
@@ -19,31 +24,93 @@ _COLOURS: Final = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4
 _MOST_SERIES: Final = 8
 _MOST_BARS: Final = 25
 _LONGEST: Final = 40
+#: Where nothing is, these are 0.
+_ZERO: Final = ("count", "sum")
+#: Its label, its periods, and a value (or None: a break) for each.
+Line = tuple[str, list[date], list[float | None]]
+#: The warehouse's calendar: an axis goes no further, whatever range is asked for.
+_FIRST, _LAST = (datetime(day.year, day.month, day.day, tzinfo=UTC) for day in (calendar.FIRST, calendar.LAST))
 #: matplotlib keeps fonts and caches for the whole process.
 _lock = threading.Lock()
 
 
-def chart(question: Question, table: pa.Table, form: ChartFormat, title: str | None = None) -> bytes:
+def chart(
+    question: Question, table: pa.Table, form: ChartFormat, title: str | None = None, until: datetime | None = None
+) -> bytes:
     """Draw an answer: its first number, by its first column; further dimensions become series.
 
-    The same answer gives the same bytes.
+    The same answer gives the same bytes. A line goes through every period from the start of the question's range to
+    its end, or to `until` (before which the warehouse is complete) if that is earlier: see `series`.
     """
     with _lock:
-        figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        value = _value(question)
-        if table.num_rows == 0:
-            axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
-            axes.set_axis_off()
-        elif BUCKET in table.column_names:
-            _lines(axes, question, table, value)
-        else:
-            _bars(axes, question, table, value)
-        axes.set_title(_safe(title or _title(question)), loc="left", fontsize=11, parse_math=False)
-        return _drawn(figure, form)
+        return _rendered(drawn(question, table, title, until), form)
 
 
-def _drawn(figure: Figure, form: ChartFormat) -> bytes:
+def drawn(question: Question, table: pa.Table, title: str | None, until: datetime | None) -> Figure:
+    """The figure of an answer, see `chart`."""
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    value = _value(question)
+    if table.num_rows == 0:
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
+        axes.set_axis_off()
+    elif BUCKET in table.column_names:
+        _lines(axes, question, table, value, until)
+    else:
+        _bars(axes, question, table, value)
+    axes.set_title(_safe(title or _title(question)), loc="left", fontsize=11, parse_math=False)
+    return figure
+
+
+def series(question: Question, table: pa.Table, value: str, until: datetime | None) -> tuple[list[Line], int]:
+    """The greatest lines of an answer with buckets; and how many there are besides.
+
+    A period without rows is 0 where something is counted or summed (and in a share, where its period has others), and
+    else a break: None. Of periods in a row without rows the first and the last stand for all: the line is the same.
+    """
+    keys = [name for name in table.column_names if name in question.dimensions or name == "stage"]
+    found: dict[tuple[Any, ...], dict[date, float | None]] = {}
+    for row in table.to_pylist():
+        found.setdefault(tuple(row[name] for name in keys), {})[row[BUCKET]] = row[value]
+    there = {bucket for points in found.values() for bucket in points}
+    ends = {*_ends(question, until), min(there), max(there)}
+    zero = value in _ZERO
+
+    def at(bucket: date) -> float | None:
+        return 0 if zero or (value == "share" and bucket in there) else None
+
+    ordered = sorted(found.items(), key=lambda item: (-sum(part or 0 for part in item[1].values()), _label(item[0])))
+    also = ends | there if zero or value == "share" else ends
+    made = [
+        (_label(key) if keys else value, *_filled(points, also, question, at)) for key, points in ordered[:_MOST_SERIES]
+    ]
+    return made, max(0, len(ordered) - _MOST_SERIES)
+
+
+def _filled(
+    points: dict[date, float | None], also: set[date], question: Question, at: Callable[[date], float | None]
+) -> tuple[list[date], list[float | None]]:
+    """The points, those of `also`, and the ends of each gap that is left between; `at` gives what is missing."""
+    buckets = {*points, *also}
+    for before, after in pairwise(sorted(buckets)):
+        first = neighbour(before, question.grain, question.time_zone, 1)
+        if first < after:
+            buckets |= {first, neighbour(after, question.grain, question.time_zone, -1)}
+    shown = sorted(buckets)
+    return shown, [points[bucket] if bucket in points else at(bucket) for bucket in shown]
+
+
+def _ends(question: Question, until: datetime | None) -> set[date]:
+    """The first and the last period that the question asks for, where its range has these ends."""
+    start, before = question.range.start, question.range.before
+    last = min(before, until or before) if before else None
+    moments = [start] if start else []
+    if last and (start is None or start < last):
+        moments.append(last - timedelta.resolution)
+    return {period(min(max(moment, _FIRST), _LAST), question.grain, question.time_zone) for moment in moments}
+
+
+def _rendered(figure: Figure, form: ChartFormat) -> bytes:
     from matplotlib import rc_context
 
     sink = io.BytesIO()
@@ -82,7 +149,7 @@ def _safe(text: Any) -> str:
     return shown if len(shown) <= _LONGEST * 2 else shown[: _LONGEST * 2 - 1] + "…"
 
 
-def _label(parts: list[Any]) -> str:
+def _label(parts: Sequence[Any]) -> str:
     text = ", ".join(_safe(part) for part in parts)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
@@ -92,23 +159,19 @@ def _unit(question: Question, value: str) -> str:
     return f"{value} ({unit})" if unit and value not in ("count", "share") else value
 
 
-def _lines(axes: Any, question: Question, table: pa.Table, value: str) -> None:
-    series: dict[str, tuple[list[Any], list[Any]]] = {}
-    keys = [name for name in table.column_names if name in question.dimensions or name == "stage"]
-    for row in table.to_pylist():
-        x, y = series.setdefault(_label([row[name] for name in keys]) if keys else value, ([], []))
-        x.append(row[BUCKET])
-        y.append(row[value])
+def _lines(axes: Any, question: Question, table: pa.Table, value: str, until: datetime | None) -> None:
     # The greatest series are shown; how many are not is said.
-    ordered = sorted(series.items(), key=lambda item: (-sum(part or 0 for part in item[1][1]), item[0]))
-    for place, (name, (x, y)) in enumerate(ordered[:_MOST_SERIES]):
-        axes.plot(x, y, color=_COLOURS[place], label=name, marker="." if len(x) < 60 else None, linewidth=1.5)
+    found, beyond = series(question, table, value, until)
+    for colour, (name, x, y) in zip(_COLOURS, found, strict=False):
+        # A period between two breaks would not be seen without a mark.
+        marker = "." if len(x) < 60 or None in y else None
+        axes.plot(x, y, color=colour, label=name, marker=marker, linewidth=1.5)
     axes.set_ylabel(_unit(question, value))
-    axes.set_ylim(bottom=0 if all((part or 0) >= 0 for _, (_, y) in ordered for part in y) else None)
+    axes.set_ylim(bottom=0 if all((part or 0) >= 0 for _, _, y in found for part in y) else None)
     axes.grid(axis="y", alpha=0.3)
     axes.figure.autofmt_xdate()
-    if len(ordered) > 1:
-        _legend(axes, len(ordered) - _MOST_SERIES)
+    if len(found) > 1:
+        _legend(axes, beyond)
 
 
 def _legend(axes: Any, beyond: int) -> None:

@@ -8,6 +8,7 @@ Landlock: Linux `Documentation/userspace-api/landlock.rst`. Seccomp: `Documentat
 """
 
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -20,6 +21,9 @@ from typing import Final
 class CannotConfineError(RuntimeError):
     """This kernel or machine lacks a part of the confinement; nothing may run without it."""
 
+
+#: What a process tells its parent once it is confined.
+CONFINED: Final = b"\n"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -128,6 +132,7 @@ def confine(readable: Sequence[Path], *, memory_bytes: int, cpu_seconds: int, op
 
     Args:
         memory_bytes: address space beyond what the process has now.
+        cpu_seconds: processor time beyond what the process has used.
 
     Raises:
         CannotConfineError: the kernel cannot do all of it, or the process has several threads already.
@@ -154,9 +159,10 @@ def _check(result: int, what: str) -> int:
 
 def _limit(memory_bytes: int, cpu_seconds: int, open_files: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = resource.getrusage(resource.RUSAGE_SELF)
     limits = {
         resource.RLIMIT_AS: pages * os.sysconf("SC_PAGE_SIZE") + memory_bytes,
-        resource.RLIMIT_CPU: cpu_seconds,
+        resource.RLIMIT_CPU: math.ceil(used.ru_utime + used.ru_stime) + cpu_seconds,
         # Not a byte to any file, whatever else should fail; pipes are not meant.
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,

@@ -333,6 +333,10 @@ class Freshness(BaseModel):
     complete_until: datetime | None = Field(None, description="everything accepted before this moment is in it")
 
 
+#: Header of every answer over HTTP, files and charts too: `complete_until`, in RFC 3339.
+FRESHNESS_HEADER: Final = "Quern-Freshness"
+
+
 class ColumnInfo(BaseModel):
     name: str
     type: Literal["text", "whole", "number", "boolean", "day", "moment"]

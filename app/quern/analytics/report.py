@@ -56,7 +56,7 @@ def write_report(warehouse: Warehouse, tenant: str | None, start: datetime, unti
     parts = []
     for title, question in questions(asker, {"from": start, "before": until}, zone):
         answer = warehouse.answer(question, tenant)
-        drawn = chart(question, answer.table, "svg", title).decode()
+        drawn = chart(question, answer.table, "svg", title, answer.freshness.complete_until).decode()
         # What stands before the drawing (an XML declaration) is for files of their own.
         parts.append(f"<h2>{html.escape(title)}</h2>{drawn[drawn.index('<svg') :]}{_table(answer)}")
     fresh = rfc3339(manifest.freshness) if manifest.freshness else "–"

@@ -6,29 +6,37 @@ resource limits bound memory and time. DuckDB's own settings are a second wall, 
 """
 
 import math
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
+from quern.analytics.confine import CONFINED
 from quern.analytics.duckdb_engine import DuckDbDialect
 from quern.analytics.manifest import Manifest
 from quern.analytics.schema import TABLES
 
 _MOST_ANSWER_BYTES: Final = 64 << 20
 _FILES_BESIDES: Final = 64
-_START_SECONDS: Final = 20.0
 _PACKAGES: Final = Path(__file__).resolve().parents[2]
 
 
 class SqlError(Exception):
     """The statement failed, or may not be run; the text is for whoever wrote it."""
+
+
+class BusyError(Exception):
+    """As many statements are under way as may be; nothing was run. `own`: the asker's own one is among them."""
+
+    def __init__(self, text: str, *, own: bool) -> None:
+        super().__init__(text)
+        self.own = own
 
 
 class SandboxError(Exception):
@@ -37,11 +45,15 @@ class SandboxError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one statement may use. Memory is the engine's; as much again is left for what it does not count."""
+    """What one statement may use. Memory is the engine's; as much again is left for what it does not count.
+
+    `seconds`, by the clock, begin when the process is confined; until then it has `start_seconds`.
+    """
 
     seconds: float = 30.0
     memory_megabytes: int = 512
     rows: int = 10_000
+    start_seconds: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,30 @@ class Rows:
     types: list[str]
     rows: list[list[Any]]
     more: bool
+
+
+class Places:
+    """How many statements run at once: `most` in all, and of one tenant one."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken: set[str] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def take(self, tenant: str) -> Iterator[None]:
+        """Hold a place as long as the block runs. Raises BusyError at once when there is none."""
+        with self._lock:
+            if tenant in self._taken:
+                raise BusyError("a statement of this tenant is under way; one runs at a time", own=True)
+            if len(self._taken) >= self._most:
+                raise BusyError(f"{self._most} statements of other tenants are under way; try again", own=False)
+            self._taken.add(tenant)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken.discard(tenant)
 
 
 def files_of(manifest: Manifest, tenants: Sequence[str]) -> dict[str, list[Path]]:
@@ -83,11 +119,12 @@ def run(sql: str, manifest: Manifest, tenants: Sequence[str], limits: Limits = L
         "tables": sorted(tables),
         "memory_megabytes": limits.memory_megabytes,
         "rows": limits.rows,
+        # The parent's clock comes first; this one ends the process where the parent is gone.
         "cpu_seconds": math.ceil(limits.seconds) + 1,
         "open_files": len(readable) + _FILES_BESIDES,
         "check": check,
     }
-    answer = _converse(orjson.dumps(order) + b"\n" + sql.encode(), limits.seconds)
+    answer = _converse(orjson.dumps(order) + b"\n" + sql.encode(), limits)
     try:
         outcome: dict[str, Any] = orjson.loads(answer)
     except orjson.JSONDecodeError:
@@ -98,7 +135,7 @@ def run(sql: str, manifest: Manifest, tenants: Sequence[str], limits: Limits = L
     return Rows(outcome["columns"], outcome["types"], outcome["rows"], outcome["more"])
 
 
-def _converse(request: bytes, seconds: float) -> bytes:
+def _converse(request: bytes, limits: Limits) -> bytes:
     """Start a process, give it `request`, return what it wrote; kill it when it takes too long or writes too much."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-s", "-m", "quern.analytics.sandbox_child"],
@@ -117,38 +154,43 @@ def _converse(request: bytes, seconds: float) -> bytes:
         },
         start_new_session=True,
     )
-    late = threading.Event()
+    if process.stdin is None or process.stdout is None:
+        raise SandboxError("the process has no pipes")
+    stdin = process.stdin
+    with process.stdout as stdout:
+        try:
+            with _killed_after(limits.start_seconds, process) as slow:
+                # Where it ended already, what it said about that is read below.
+                with suppress(BrokenPipeError), stdin:
+                    stdin.write(request)
+                confined = stdout.read(len(CONFINED))
+            with _killed_after(limits.seconds, process) as late:
+                answer = stdout.read(_MOST_ANSWER_BYTES + 1)
+        finally:
+            process.kill()
+            process.wait()
+    if slow.is_set():
+        raise SandboxError(f"expected a confined process within {limits.start_seconds:g} s, found none")
+    if len(answer) > _MOST_ANSWER_BYTES:
+        raise SqlError(f"expected an answer of at most {_MOST_ANSWER_BYTES >> 20} MB, found more; ask for fewer rows")
+    if late.is_set():
+        raise SqlError(f"expected an answer within {limits.seconds:g} s, found none")
+    return answer if confined == CONFINED else confined + answer
+
+
+@contextmanager
+def _killed_after(seconds: float, process: "subprocess.Popen[bytes]") -> Iterator[threading.Event]:
+    """Kill the process unless the block ends in time; the event says whether it came to that."""
+    due = threading.Event()
 
     def kill() -> None:
-        late.set()
+        due.set()
         process.kill()
 
-    # Starting up is not the statement's time; the processor's time that it may use is bounded by the kernel besides.
-    timer = threading.Timer(seconds + _START_SECONDS, kill)
+    timer = threading.Timer(seconds, kill)
     timer.daemon = True
     timer.start()
     try:
-        if process.stdin is None or process.stdout is None:
-            raise SandboxError("the process has no pipes")
-        try:
-            process.stdin.write(request)
-            process.stdin.close()
-        except BrokenPipeError:
-            # It ended already; what it said about that is read below.
-            pass
-        answer = process.stdout.read(_MOST_ANSWER_BYTES + 1)
-        if len(answer) <= _MOST_ANSWER_BYTES:
-            # Its end is near: how it ends says whether the kernel took its time away.
-            process.wait(_START_SECONDS)
+        yield due
     finally:
         timer.cancel()
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-    if len(answer) > _MOST_ANSWER_BYTES:
-        raise SqlError(f"expected an answer of at most {_MOST_ANSWER_BYTES >> 20} MB, found more; ask for fewer rows")
-    if late.is_set() or process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise SqlError(f"expected an answer within {seconds:g} s, found none")
-    return answer

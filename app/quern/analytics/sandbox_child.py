@@ -1,10 +1,13 @@
 """`python -P -s -m quern.analytics.sandbox_child`: one statement, run by a process that gave everything else up.
 
 Standard input: a line of JSON (the order), then the SQL until its end, which is read when the process is confined.
-Standard output: one JSON object: `ok`, and the columns, types and rows; or what went wrong. No Arrow here: importing it
-starts threads, and a process of several cannot be confined as a whole.
+Standard output: an empty line when it is confined; then one JSON object: `ok`, and the columns, types and rows; or what
+went wrong. No Arrow here: importing it starts threads, and a process of several cannot be confined as a whole.
 """
 
+import contextlib
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +15,7 @@ from typing import Any, Final
 import duckdb
 import orjson
 
-from quern.analytics.confine import CannotConfineError, confine
+from quern.analytics.confine import CONFINED, CannotConfineError, confine
 
 _MEGABYTE: Final = 1 << 20
 #: Types whose values JSON has; the others travel as the text that DuckDB makes of them.
@@ -20,13 +23,24 @@ _PLAIN: Final = frozenset(
     {"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"}
     | {"FLOAT", "DOUBLE", "VARCHAR"}
 )
+#: Where memory ends, this process is the first to go (proc_pid_oom_score_adj(5)).
+_GIVES_WAY: Final = "1000"
+#: No more of EXPLAIN's options than this is understood, so that none can hide where the statement begins.
+_EXPLAIN: Final = re.compile(r"\s*EXPLAIN\s*(?:ANALYZE\b|\([A-Z_,\s]*\))?", re.IGNORECASE | re.ASCII)
 
 
 def main() -> None:
     """Read the order, be confined, run the statement, say what came of it."""
+    # A unit's sandbox may refuse it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_GIVES_WAY)
     order = orjson.loads(sys.stdin.buffer.readline())
     answer = _carry_out(order)
-    sys.stdout.buffer.write(orjson.dumps(answer, default=str))
+    _say(orjson.dumps(answer, default=str))
+
+
+def _say(said: bytes) -> None:
+    sys.stdout.buffer.write(said)
     sys.stdout.buffer.flush()
 
 
@@ -45,6 +59,7 @@ def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
         )
     except (CannotConfineError, OSError) as error:
         return {"ok": False, "kind": "confinement", "text": str(error)}
+    _say(CONFINED)
     try:
         return _run(database, order, sys.stdin.buffer.read().decode())
     except duckdb.CatalogException as error:
@@ -64,14 +79,31 @@ def _run(database: duckdb.DuckDBPyConnection, order: dict[str, Any], sql: str) -
     statements = database.extract_statements(sql)
     if len(statements) != 1:
         return {"ok": False, "kind": "sql", "text": f"expected one statement, found {len(statements)}"}
-    kind = statements[0].type
-    if order["check"] and kind not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
-        said = f"expected a SELECT, found {kind.name}; nothing can be written or set here"
-        return {"ok": False, "kind": "sql", "text": said}
+    if order["check"] and (refused := _refused(database, statements[0])):
+        return {"ok": False, "kind": "sql", "text": refused}
     found = database.sql(sql)
     if found is None:
         return {"ok": True, "columns": [], "types": [], "rows": [], "more": False}
     return {"ok": True, **_rows(found, int(order["rows"]))}
+
+
+def _refused(database: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> str | None:
+    """Why a statement may not be run; None for a SELECT and for the EXPLAIN of one."""
+    if statement.type == duckdb.StatementType.EXPLAIN:
+        # ANALYZE runs what it explains.
+        prefix = _EXPLAIN.match(statement.query)
+        try:
+            explained = database.extract_statements(statement.query[prefix.end() :]) if prefix else []
+        except duckdb.Error:
+            explained = []
+        if [item.type for item in explained] == [duckdb.StatementType.SELECT]:
+            return None
+        return "expected EXPLAIN, EXPLAIN ANALYZE or EXPLAIN (ANALYZE, …) and one SELECT, found another statement"
+    if statement.type == duckdb.StatementType.SELECT:
+        return None
+    # A PIVOT that is to find its columns by itself is several statements.
+    hint = "; PIVOT needs its columns: ON … IN (…)" if statement.type == duckdb.StatementType.MULTI else ""
+    return f"expected a SELECT, found {statement.type.name}; nothing can be written or set here{hint}"
 
 
 def _open(order: dict[str, Any]) -> duckdb.DuckDBPyConnection:
@@ -108,7 +140,9 @@ def _rows(found: duckdb.DuckDBPyRelation, most: int) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    # JSON's writer takes whole numbers of 64 bits; a sum of them may be longer.
+    # JSON's writer takes whole numbers of 64 bits; a sum of them may be longer. It makes null of what is not finite.
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsS
 from redis import Redis
 
 from quern.analytics import render, sandbox
-from quern.analytics.answer import TooManyRowsError, Warehouse
+from quern.analytics.answer import TooManyRowsError, Warehouse, freshness
 from quern.analytics.beforehand import answer_in_a_process
 from quern.analytics.desk import Desk, GoneError
 from quern.analytics.duckdb_engine import DuckDbEngine
@@ -27,10 +27,11 @@ from quern.analytics.engine import Engine, EngineError, TimedOutError
 from quern.analytics.kept import Kept
 from quern.analytics.manifest import NoWarehouseError
 from quern.analytics.plan import AskError
-from quern.analytics.question import Question
+from quern.analytics.question import FRESHNESS_HEADER, Freshness, Question
 from quern.analytics.settings import AnalyticsSettings
 from quern.observe import logs, metrics
 from quern.store import redis_connection
+from quern.store.clock import rfc3339
 from quern.store.cursor import BadCursorError
 
 _log = logging.getLogger(__name__)
@@ -127,13 +128,13 @@ def create_app(desk: Desk, settings: ProcessSettings) -> Flask:
     app = Flask("quern-analytics", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = _MOST_BODY
     service = settings.analytics.service
-    limits = sandbox.Limits(service.sql_seconds, service.sql_memory_megabytes)
+    places = sandbox.Places(service.sql_at_once)
 
     @app.post("/page")
     def page() -> Response:
         asked = Asked.model_validate_json(request.get_data())
         made = desk.page(asked.question, asked.tenant, asked.limit, asked.cursor)
-        return Response(made.model_dump_json(), mimetype="application/json")
+        return _stamped(Response(made.model_dump_json(), mimetype="application/json"), made.freshness)
 
     @app.post("/file")
     def file() -> Response:
@@ -142,17 +143,22 @@ def create_app(desk: Desk, settings: ProcessSettings) -> Flask:
         if asked.format == "svg" or asked.format == "png":
             from quern.analytics.chart import chart
 
-            made = chart(asked.question, answer.table, asked.format)
+            made = chart(asked.question, answer.table, asked.format, until=answer.freshness.complete_until)
         else:
             made = render.render(answer, asked.format)
-        return Response(made, mimetype=render.MEDIA_TYPES[asked.format])
+        return _stamped(Response(made, mimetype=render.MEDIA_TYPES[asked.format]), answer.freshness)
 
     @app.post("/sql")
     def sql() -> Response:
         asked = AskedSql.model_validate_json(request.get_data())
-        chosen = sandbox.Limits(limits.seconds, limits.memory_megabytes, asked.rows)
-        found = sandbox.run(asked.sql, desk.warehouse.current(), [asked.tenant], chosen)
-        return _json(vars(found))
+        limits = sandbox.Limits(
+            service.sql_seconds, service.sql_memory_megabytes, asked.rows, start_seconds=service.sql_start_seconds
+        )
+        with places.take(asked.tenant):
+            manifest = desk.warehouse.current()
+            found = sandbox.run(asked.sql, manifest, [asked.tenant], limits)
+        fresh = freshness(manifest)
+        return _stamped(_json({**vars(found), "freshness": fresh.model_dump(mode="json")}), fresh)
 
     @app.get("/healthz")
     def health() -> Response:
@@ -164,6 +170,12 @@ def create_app(desk: Desk, settings: ProcessSettings) -> Flask:
 
 def _json(value: Any) -> Response:
     return Response(orjson.dumps(value), mimetype="application/json")
+
+
+def _stamped(response: Response, fresh: Freshness) -> Response:
+    if fresh.complete_until is not None:
+        response.headers[FRESHNESS_HEADER] = rfc3339(fresh.complete_until)
+    return response
 
 
 #: What went wrong to status and kind; the client turns it back into an exception.
@@ -190,6 +202,10 @@ def _add_errors(app: Flask) -> None:
 
         return answer
 
+    @app.errorhandler(sandbox.BusyError)
+    def busy(error: sandbox.BusyError) -> tuple[Response, int]:
+        return _json({"kind": "turn" if error.own else "busy", "text": str(error)}), 429 if error.own else 503
+
     for known, status, kind in _FAULTS:
         app.register_error_handler(known, handler(status, kind))
 
@@ -207,7 +223,8 @@ class AnalyticsServer(BaseApplication):  # type: ignore[misc]  # gunicorn has no
             "bind": f"unix:{service.socket}",
             "workers": 1,
             "worker_class": "gthread",
-            "threads": service.at_once,
+            # Statements have places of their own: whatever they do, `at_once` questions go on beside them.
+            "threads": service.at_once + service.sql_at_once,
             "timeout": 60,
             "graceful_timeout": 20,
             "keepalive": 60,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+#: For everything about a statement that is neither its start nor itself.
+_MARGIN_SECONDS: Final = 2.0
 
 
 class ServiceSettings(BaseModel):
@@ -35,5 +38,14 @@ class ServiceSettings(BaseModel):
     memory_megabytes: int = Field(1024, ge=64, le=1 << 20, description="of the engine")
     at_once: int = Field(8, ge=1, le=64, description="questions answered at the same time")
     keep_seconds: int = Field(86_400, ge=60, le=30 * 86_400, description="how long an answer is kept")
-    sql_seconds: float = Field(10.0, gt=0, le=300, description="of one ad-hoc statement")
+    sql_seconds: float = Field(10.0, gt=0, le=300, description="of one ad-hoc statement, once its process is confined")
+    sql_start_seconds: float = Field(15.0, gt=0, le=300, description="until then")
+    sql_at_once: int = Field(
+        2, ge=1, le=64, description="statements run at the same time, besides `at_once` questions; of one tenant: one"
+    )
     sql_memory_megabytes: int = Field(256, ge=64, le=1 << 16, description="of one ad-hoc statement")
+
+    @property
+    def sql_patience(self) -> float:
+        """How long the API waits for a statement: longer than the service gives it."""
+        return self.sql_start_seconds + self.sql_seconds + _MARGIN_SECONDS

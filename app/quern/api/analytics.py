@@ -4,18 +4,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from quern.analytics.client import AnalyticsAwayError, AnalyticsError, SqlRows
+from quern.analytics.client import AnalyticsAwayError, AnalyticsError, AnswerFile, SqlRows
 from quern.analytics.question import (
     AUDIT_DIMENSIONS,
+    FRESHNESS_HEADER,
     JOB_DIMENSIONS,
     MEASURES,
     RESPONSE_DIMENSIONS,
     AnswerPage,
+    Freshness,
     Question,
 )
 from quern.api.operation import Call, Edge, Reply
 from quern.api.page import bad_cursor
 from quern.api.problem import Fault, Problem
+from quern.store.clock import rfc3339
 
 edge = Edge("analytics")
 
@@ -26,6 +29,8 @@ _MEDIA_TYPES = {
     "svg": "image/svg+xml",
     "png": "image/png",
 }
+
+_STAMP = {FRESHNESS_HEADER: "everything accepted before this moment (RFC 3339) is in the answer"}
 
 
 class AskQuery(BaseModel):
@@ -90,12 +95,14 @@ def describe_questions(call: Call) -> Reply:
     body=Question,
     query=AskQuery,
     answers={200: AnswerPage},
+    headers=_STAMP,
     safe=True,
 )
 def ask_question(call: Call) -> Reply:
     """Send the same question with `cursor` for the next page; 409 when the warehouse has moved on."""
     question, query = call.body, call.query
-    return Reply(_answered(lambda: call.runtime.questions.page(question, call.tenant, query.limit, query.cursor)))
+    page: AnswerPage = _answered(lambda: call.runtime.questions.page(question, call.tenant, query.limit, query.cursor))
+    return Reply(page, headers=_stamp(page.freshness))
 
 
 @edge.operation(
@@ -106,10 +113,11 @@ def ask_question(call: Call) -> Reply:
     body=Question,
     query=FileQuery,
     answers={200: "text/csv, application/vnd.apache.parquet, application/vnd.apache.arrow.stream"},
+    headers=_STAMP,
     safe=True,
 )
 def ask_for_file(call: Call) -> Reply:
-    """CSV, Parquet, or an Arrow stream. The latter two hold the freshness in their metadata."""
+    """CSV, Parquet, or an Arrow stream. The latter two hold the whole freshness in their metadata."""
     return _file(call)
 
 
@@ -121,6 +129,7 @@ def ask_for_file(call: Call) -> Reply:
     body=Question,
     query=ChartQuery,
     answers={200: "image/svg+xml, image/png"},
+    headers=_STAMP,
     safe=True,
 )
 def ask_for_chart(call: Call) -> Reply:
@@ -135,19 +144,27 @@ def ask_for_chart(call: Call) -> Reply:
     summary="Run SQL over your rows",
     body=Statement,
     answers={200: SqlRows},
+    headers=_STAMP,
     safe=True,
 )
 def run_sql(call: Call) -> Reply:
     """One SELECT, in a process that can read your part of the warehouse and nothing else, within limits on its time
-    and memory."""
+    and memory. One at a time: 429 while another of yours is under way, 503 while as many as may be of others are."""
     statement: Statement = call.body
-    return Reply(_answered(lambda: call.runtime.questions.sql(statement.sql, call.tenant, statement.rows)))
+    rows: SqlRows = _answered(lambda: call.runtime.questions.sql(statement.sql, call.tenant, statement.rows))
+    return Reply(rows, headers=_stamp(rows.freshness))
 
 
 def _file(call: Call) -> Reply:
     form = call.query.format
-    made = _answered(lambda: call.runtime.questions.file(call.body, call.tenant, form))
-    return Reply(stream=[made], media_type=_MEDIA_TYPES[form])
+    made: AnswerFile = _answered(lambda: call.runtime.questions.file(call.body, call.tenant, form))
+    stamp = {FRESHNESS_HEADER: made.complete_until} if made.complete_until else {}
+    return Reply(stream=[made.content], media_type=_MEDIA_TYPES[form], headers=stamp)
+
+
+def _stamp(freshness: Freshness) -> dict[str, str]:
+    until = freshness.complete_until
+    return {FRESHNESS_HEADER: rfc3339(until)} if until else {}
 
 
 def _answered(ask: Any) -> Any:
@@ -169,6 +186,10 @@ def _problem(error: AnalyticsError) -> Problem:
             return Problem(409, text, kind="gone")
         case "ask" | "sql":
             return Problem(422, text, kind="validation", errors=[Fault(pointer="", detail=text[:300])])
+        case "turn":
+            return Problem(429, text, kind="busy", headers={"Retry-After": "2"})
+        case "busy":
+            return Problem(503, text, kind="busy", headers={"Retry-After": "2"})
         case "slow":
             return Problem(503, f"{text}; ask for a shorter range", kind="slow", headers={"Retry-After": "10"})
         case "empty":

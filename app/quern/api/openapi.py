@@ -75,6 +75,10 @@ def _operation(operation: Operation, references: dict[Any, Any]) -> dict[str, An
     if operation.body:
         schema = references[(operation.body, "validation")]
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if operation.headers:
+        shown = {name: {"description": said, "schema": {"type": "string"}} for name, said in operation.headers.items()}
+        for answer in made["responses"].values():
+            answer["headers"] = shown
     problem = {
         "description": "A problem (RFC 9457)",
         "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}},

@@ -123,6 +123,8 @@ class Operation:
     served_by: Literal["api", "events"] = "api"
     seconds: float = DATABASE_SECONDS
     """That a request may spend on the database before it answers 503."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the good answers: name to what it says."""
 
 
 class Edge:
@@ -146,6 +148,7 @@ class Edge:
         transaction: bool = True,
         safe: bool = False,
         seconds: float = DATABASE_SECONDS,
+        headers: dict[str, str] | None = None,
     ) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
         """Declare a route.
 
@@ -168,6 +171,7 @@ class Edge:
                 unsafe,
                 (handler.__doc__ or "").strip(),
                 seconds=seconds,
+                headers=headers or {},
             )
             self.operations.append(made)
             rule = path.replace("{", "<string:").replace("}", ">")

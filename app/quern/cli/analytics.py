@@ -67,7 +67,8 @@ def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float,
     except (NoWarehouseError, sandbox.SqlError, sandbox.SandboxError) as error:
         fail(str(error))
     if as_json:
-        emit_json({"columns": found.columns, "types": found.types, "rows": found.rows, "more": found.more})
+        shown = {"columns": found.columns, "types": found.types, "rows": found.rows, "more": found.more}
+        emit_json(shown | {"complete_until": rfc3339(manifest.freshness) if manifest.freshness else None})
         return
     names = _distinct(found.columns)
     emit([dict(zip(names, row, strict=True)) for row in found.rows], names, False, "No rows.", verbatim=True)

@@ -4,14 +4,16 @@ import re
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from quern.analytics.answer import Warehouse
-from quern.analytics.chart import ChartFormat, chart
+from quern.analytics.chart import ChartFormat, chart, drawn
 from quern.analytics.duckdb_engine import DuckDbEngine
-from quern.analytics.question import Measure, Question
+from quern.analytics.period import neighbour, period
+from quern.analytics.question import Grain, Measure, Question, Range
 from quern.analytics.report import write_report
 from tests.app.analytics.world import TENANTS, publish, world
 
@@ -49,6 +51,107 @@ def test_every_series_of_a_trend_is_named() -> None:
     rows = pa.table({"bucket": days * 2, "label": ["x"] * 2 + ["y"] * 2, "count": [1, 2, 3, 4]})
     texts = "".join(ElementTree.fromstring(chart(question, rows, "svg")).itertext())  # noqa: S314
     assert {"x", "y"} <= set(texts.split())
+
+
+Rows = list[tuple[date, float | None]]
+
+
+def lines(question: Question, until: datetime | None = None, **columns: Rows) -> dict[str, Rows]:
+    """Label to what a chart draws of it; a break is None. `columns`: label to the rows of an answer."""
+    value = question.columns[-1]
+    data = [(bucket, label, number) for label, rows in columns.items() for bucket, number in rows]
+    made: dict[str, list[object]] = {"bucket": [row[0] for row in data], value: [row[2] for row in data]}
+    if question.dimensions:
+        made[question.dimensions[0]] = [row[1] for row in data]
+    if question.grain == "hour":
+        made["bucket"] = pa.array(made["bucket"], pa.timestamp("ms"))
+    found = {}
+    for line in drawn(question, pa.table(made), None, until).axes[0].lines:
+        x: Any = line.get_xdata()
+        y: Any = line.get_ydata()
+        found[str(line.get_label())] = [
+            (at, None if value is None else float(value)) for at, value in zip(x, y, strict=True)
+        ]
+    return found
+
+
+def wall(day: int, hour: int) -> datetime:
+    """Of March 2024, as the clock on the wall has it."""
+    return datetime(2024, 3, day, hour)  # noqa: DTZ001 - an hour's bucket has no zone
+
+
+def responses(**asked: Any) -> Question:
+    """How many, of each period."""
+    return Question.model_validate({"measure": "responses", "statistics": ["count"], **asked})
+
+
+def test_empty_days_are_drawn_as_none_and_not_bridged() -> None:
+    first, *empty, last = [date(2024, 2, number) for number in (26, 27, 28, 29)]
+    assert lines(responses(grain="day"), count=[(first, 5), (last, 7)]) == {
+        "count": [(first, 5), (empty[0], 0), (empty[1], 0), (last, 7)]
+    }
+
+
+def test_a_mean_has_a_break_where_nothing_was_measured() -> None:
+    mean = Question(measure=Measure.RESPONSE_TIME, grain="month", statistics=["mean"])
+    months = [date(2024, number, 1) for number in (11, 12)] + [date(2025, number, 1) for number in (1, 2)]
+    drawn_ = lines(mean, mean=[(months[0], 5.0), (months[2], 7.0), (months[3], None)])
+    assert drawn_ == {"mean": [(months[0], 5.0), (months[1], None), (months[2], 7.0), (months[3], None)]}
+
+
+def test_a_share_is_none_of_a_period_that_has_others_and_of_an_empty_one_there_is_no_share() -> None:
+    share = Question(measure=Measure.RESPONSES, grain="day", dimensions=["label"], statistics=["share"])
+    days = [date(2024, 3, number) for number in (1, 2, 3)]
+    drawn_ = lines(share, x=[(days[0], 1.0)], y=[(days[2], 1.0)])
+    assert drawn_ == {
+        "x": [(days[0], 1), (days[1], None), (days[2], 0)],
+        "y": [(days[0], 0), (days[1], None), (days[2], 1)],
+    }
+
+
+def test_every_series_runs_from_end_to_end_of_the_range_that_was_asked_for() -> None:
+    bounds = Range(start=datetime(2024, 12, 24, 23, 30, tzinfo=UTC), before=datetime(2026, 1, 1, tzinfo=UTC))
+    question = responses(grain="week", dimensions=["label"], range=bounds, time_zone="Europe/Berlin")
+    weeks = [date(2024, 12, 23), date(2024, 12, 30), date(2025, 1, 6), date(2025, 1, 13)]
+    # What is not complete yet is not drawn as empty.
+    until = datetime(2025, 1, 15, tzinfo=UTC)
+    found = lines(question, until, x=[(weeks[1], 3)], y=[(weeks[2], 4)])
+    assert found == {
+        "x": list(zip(weeks, [0, 3, 0, 0], strict=True)),
+        "y": list(zip(weeks, [0, 0, 4, 0], strict=True)),
+    }
+
+
+def test_an_hour_that_the_clock_left_out_is_no_empty_hour() -> None:
+    question = responses(grain="hour", time_zone="Europe/Berlin")
+    one, three, five = (wall(31, hour) for hour in (1, 3, 5))
+    found = lines(question, count=[(one, 1), (three, 2), (five, 3)])
+    assert found == {"count": [(one, 1), (three, 2), (wall(31, 4), 0), (five, 3)]}
+
+
+def test_a_long_gap_costs_two_points() -> None:
+    bounds = {"from": "0001-01-01T00:00:00Z", "before": "9999-12-31T23:59:59Z"}
+    question = responses(grain="hour", range=bounds, time_zone="America/New_York")
+    (found,) = lines(question, count=[(wall(1, 0), 1)]).values()
+    assert len(found) == 7
+    assert [y for _, y in found] == [0, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("grain", "first", "second"),
+    [
+        ("day", date(2024, 2, 29), date(2024, 3, 1)),
+        ("week", date(2024, 12, 30), date(2025, 1, 6)),
+        ("month", date(2024, 12, 1), date(2025, 1, 1)),
+        ("quarter", date(2024, 10, 1), date(2025, 1, 1)),
+        ("year", date(2024, 1, 1), date(2025, 1, 1)),
+    ],
+)
+def test_periods_follow_each_other(grain: Grain, first: date, second: date) -> None:
+    assert neighbour(first, grain, "UTC", 1) == second
+    assert neighbour(second, grain, "UTC", -1) == first
+    assert period(datetime(second.year, second.month, second.day, tzinfo=UTC), grain, "UTC") == second
+    assert period(datetime(second.year, second.month, second.day, tzinfo=UTC), grain, "America/New_York") == first
 
 
 def test_a_report_stands_alone(tmp_path: Path) -> None:

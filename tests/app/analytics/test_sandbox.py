@@ -3,17 +3,22 @@
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from quern.analytics import sandbox
+from quern.analytics.confine import CONFINED
 from quern.analytics.manifest import Manifest
-from quern.analytics.sandbox import Limits, SqlError
+from quern.analytics.sandbox import BusyError, Limits, Places, SandboxError, SqlError
 from tests.app.analytics.world import TENANTS, World, publish, world
 
 MINE, OTHERS = TENANTS
@@ -59,13 +64,14 @@ def test_the_operator_sees_all_tenants(house: World, warehouse: Manifest) -> Non
 def test_values_that_json_lacks_come_as_text(warehouse: Manifest) -> None:
     found = sandbox.run(
         "SELECT DATE '2024-02-29' AS day, 1.50::DECIMAL(4, 2) AS part, [1, 2] AS list, 'x' AS text, "
-        "1.0::DOUBLE AS one, "
+        "1.0::DOUBLE AS one, 'NaN'::DOUBLE AS undefined, '-inf'::FLOAT AS endless, "
         "170141183460469231731687303715884105727::HUGEINT AS huge",
         warehouse,
         [MINE],
     )
-    assert found.columns == ["day", "part", "list", "text", "one", "huge"]
-    assert found.rows == [["2024-02-29", "1.50", "[1, 2]", "x", 1.0, "170141183460469231731687303715884105727"]]
+    assert found.columns == ["day", "part", "list", "text", "one", "undefined", "endless", "huge"]
+    whole = "170141183460469231731687303715884105727"
+    assert found.rows == [["2024-02-29", "1.50", "[1, 2]", "x", 1.0, "nan", "-inf", whole]]
 
 
 def test_a_name_that_no_table_has_is_answered_with_those_that_there_are(warehouse: Manifest) -> None:
@@ -143,11 +149,39 @@ def test_no_folder_can_be_listed(warehouse: Manifest, check: bool) -> None:
         "SET lock_configuration = false",
         "COPY (SELECT 1) TO '/tmp/out.csv'",
         "SELECT 1; SET memory_limit = '100GB'",
+        # These run what they explain.
+        "EXPLAIN ANALYZE CREATE TABLE t AS SELECT 1",
+        "EXPLAIN ANALYZE DROP VIEW fact_response",
+        "EXPLAIN ANALYZE LOAD json",
+        "EXPLAIN ANALYZE PREPARE x AS SELECT 1",
+        "EXPLAIN (ANALYZE, FORMAT json) CREATE TABLE t AS SELECT 1",
+        "EXPLAIN/**/ANALYZE/**/CREATE TABLE t AS SELECT 1",
+        "EXPLAIN (FORMAT ')SELECT 1 --', ANALYZE) DROP VIEW fact_response",
+        "EXPLAIN COPY (SELECT 1) TO '/tmp/out.csv'",
+        "PREPARE x AS SELECT 1",
+        "BEGIN",
+        "PIVOT fact_response ON status USING count(*)",
     ],
 )
 def test_nothing_can_be_set_or_changed(warehouse: Manifest, statement: str) -> None:
-    with pytest.raises(SqlError):
+    with pytest.raises(SqlError, match="expected"):
         sandbox.run(statement, warehouse, [MINE])
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "EXPLAIN SELECT * FROM fact_response",
+        "EXPLAIN ANALYZE SELECT count(*) FROM fact_response",
+        "-- how?\nexplain (analyze, format json) FROM fact_response",
+        "PIVOT fact_response ON status IN ('processed') USING count(*)",
+        "SUMMARIZE fact_response",
+        "DESCRIBE fact_response",
+        "SHOW TABLES",
+    ],
+)
+def test_what_only_looks_may_be_run(warehouse: Manifest, statement: str) -> None:
+    assert sandbox.run(statement, warehouse, [MINE]).rows
 
 
 def test_settings_stay_locked_even_when_a_statement_gets_to_them(warehouse: Manifest) -> None:
@@ -164,10 +198,82 @@ def test_a_statement_that_takes_too_much_memory_ends(warehouse: Manifest) -> Non
         sandbox.run("SELECT list(i) FROM range(500000000) t(i)", warehouse, [MINE], Limits(memory_megabytes=100))
 
 
-def test_a_statement_that_takes_too_long_ends(warehouse: Manifest) -> None:
-    endless = "SELECT count(*) FROM range(1000000000000000) t(i) WHERE i % 7 = 3"
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "SELECT count(*) FROM range(1000000000000000) t(i) WHERE i % 7 = 3",
+        # These take no processor time.
+        "SELECT pg_sleep(3600)",
+        "SELECT sleep_ms(3600000)",
+    ],
+)
+def test_a_statement_that_takes_too_long_ends(warehouse: Manifest, endless: str) -> None:
     with pytest.raises(SqlError, match="within 1 s"):
         sandbox.run(endless, warehouse, [MINE], Limits(seconds=1))
+
+
+def test_to_start_has_a_limit_of_its_own(warehouse: Manifest) -> None:
+    with pytest.raises(SandboxError, match=r"a confined process within 0\.01 s"):
+        sandbox.run("SELECT 1", warehouse, [MINE], Limits(start_seconds=0.01))
+
+
+def test_what_a_statement_says_comes_after_the_word_that_it_is_confined() -> None:
+    # Else a statement could reset its clock, or the child's failure to be confined be taken for an answer.
+    order = {"files": ["/nonexistent"], "views": [], "tables": [], "memory_megabytes": 100, "rows": 1}
+    order |= {"cpu_seconds": 9, "open_files": 64, "check": True}
+    command = [sys.executable, "-P", "-s", "-m", "quern.analytics.sandbox_child"]
+    done = subprocess.run(
+        command, input=json.dumps(order).encode() + b"\nSELECT 1", capture_output=True, timeout=120, check=True
+    )
+    assert json.loads(done.stdout)["kind"] == "confinement"
+    assert not done.stdout.startswith(CONFINED)
+
+
+def children() -> set[int]:
+    """The processes of statements that this process runs."""
+    found = (task.read_text().split() for task in Path("/proc/self/task").glob("*/children"))
+    made = set()
+    for pid in (int(text) for listed in found for text in listed):
+        with suppress(OSError):
+            if b"sandbox_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                made.add(pid)
+    return made
+
+
+def test_where_memory_ends_a_statement_goes_first(warehouse: Manifest) -> None:
+    ended = threading.Event()
+
+    def wait() -> None:
+        with suppress(SqlError):
+            sandbox.run("SELECT pg_sleep(3600)", warehouse, [MINE], Limits(seconds=60, start_seconds=120))
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    deadline = time.monotonic() + 180
+    willing = ""
+    while willing != "1000":
+        assert time.monotonic() < deadline, willing
+        with suppress(OSError):
+            for pid in children():
+                willing = Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
+        time.sleep(0.02)
+    for pid in children():
+        os.kill(pid, signal.SIGKILL)
+    assert ended.wait(60)
+
+
+def test_of_one_tenant_one_statement_runs_at_a_time_and_of_all_a_few() -> None:
+    places = Places(2)
+    with places.take(MINE):
+        with pytest.raises(BusyError) as own, places.take(MINE):
+            raise AssertionError
+        with places.take(OTHERS), pytest.raises(BusyError) as others, places.take("a third"):
+            raise AssertionError
+        with places.take("a third"):
+            pass
+    with places.take(MINE):
+        pass
+    assert (own.value.own, others.value.own) == (True, False)
 
 
 _ATTEMPTS = """

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,9 +21,10 @@ from quern.analytics.question import Measure, Question
 from quern.analytics.service_settings import ServiceSettings
 from quern.embedded.process import ChildProcess
 from quern.embedded.redis_server import RedisServer
+from quern.store.clock import rfc3339
 from tests.app.analytics.world import TENANTS, publish, world
 
-MINE = TENANTS[0]
+MINE, OTHERS = TENANTS
 BY_SECTOR = Question(measure=Measure.RESPONSE_TIME, dimensions=["answer.sector"], statistics=["count", "mean"])
 
 
@@ -42,6 +45,11 @@ def service(
             "QUERN_ANALYTICS__WAREHOUSE": str(root),
             "QUERN_ANALYTICS__SERVICE__SOCKET": str(socket),
             "QUERN_REDIS_CACHE_URL": redis_cache.url,
+            # One place for questions and one for statements.
+            "QUERN_ANALYTICS__SERVICE__AT_ONCE": "1",
+            "QUERN_ANALYTICS__SERVICE__SQL_AT_ONCE": "1",
+            "QUERN_ANALYTICS__SERVICE__SQL_SECONDS": "120",
+            "QUERN_ANALYTICS__SERVICE__SQL_START_SECONDS": "120",
         },
     )
     with process:
@@ -50,7 +58,10 @@ def service(
 
 @pytest.fixture
 def client(service: ChildProcess, session_directory: Path) -> AnalyticsClient:
-    return AnalyticsClient(ServiceSettings(socket=session_directory / "analytics.sock", patience=60))
+    settings = ServiceSettings(
+        socket=session_directory / "analytics.sock", patience=60, sql_seconds=120, sql_start_seconds=120
+    )
+    return AnalyticsClient(settings)
 
 
 def test_what_will_be_asked_is_answered_by_another_process(client: AnalyticsClient, service: ChildProcess) -> None:
@@ -75,19 +86,70 @@ def test_it_answers_pages_files_charts_and_sql(client: AnalyticsClient) -> None:
     page = client.page(BY_SECTOR, MINE, 100, None)
     assert [column.name for column in page.columns] == BY_SECTOR.columns
     assert page.total_rows == len(page.rows) > 1
-    parquet = pyarrow.parquet.read_table(pa.BufferReader(client.file(BY_SECTOR, MINE, "parquet")))
-    arrow = pa.ipc.open_stream(client.file(BY_SECTOR, MINE, "arrow")).read_all()
+    parquet = pyarrow.parquet.read_table(pa.BufferReader(client.file(BY_SECTOR, MINE, "parquet").content))
+    arrow = pa.ipc.open_stream(client.file(BY_SECTOR, MINE, "arrow").content).read_all()
     assert (
         parquet.to_pylist()
         == arrow.to_pylist()
         == [dict(zip(BY_SECTOR.columns, row, strict=True)) for row in page.rows]
     )
     assert b"generation" in arrow.schema.metadata[b"freshness"]
-    csv = pyarrow.csv.read_csv(pa.BufferReader(client.file(BY_SECTOR, MINE, "csv")))
+    csv = pyarrow.csv.read_csv(pa.BufferReader(client.file(BY_SECTOR, MINE, "csv").content))
     assert csv.num_rows == page.total_rows
-    assert client.file(BY_SECTOR, MINE, "svg").startswith(b"<?xml")
-    assert client.file(BY_SECTOR, MINE, "png").startswith(b"\x89PNG")
+    assert client.file(BY_SECTOR, MINE, "svg").content.startswith(b"<?xml")
+    assert client.file(BY_SECTOR, MINE, "png").content.startswith(b"\x89PNG")
     assert client.sql("SELECT DISTINCT tenant FROM fact_response", MINE, 10).rows == [[MINE]]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "arrow", "svg", "png"])
+def test_every_file_and_chart_says_how_new_it_is(client: AnalyticsClient, form: str) -> None:
+    until = client.page(BY_SECTOR, MINE, 1, None).freshness.complete_until
+    assert until is not None
+    assert client.file(BY_SECTOR, MINE, form).complete_until == rfc3339(until)
+    assert client.sql("SELECT 1", MINE, 1).freshness.complete_until == until
+
+
+def statements_of(process: int) -> list[int]:
+    """The processes of the statements that a service runs."""
+    made = []
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, listed.read_text().split()):
+                if b"sandbox_child" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    made.append(child)
+                made += statements_of(child)
+    return made
+
+
+def test_questions_are_answered_beside_as_many_statements_as_may_be(
+    client: AnalyticsClient, service: ChildProcess
+) -> None:
+    ended: list[AnalyticsError] = []
+
+    def sleep() -> None:
+        with pytest.raises(AnalyticsError) as caught:
+            client.sql("SELECT pg_sleep(3600)", MINE, 1)
+        ended.append(caught.value)
+
+    sleeping = threading.Thread(target=sleep, daemon=True)
+    sleeping.start()
+    deadline = time.monotonic() + 100
+    assert service.pid is not None
+    while not statements_of(service.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for tenant, kind in ((MINE, "turn"), (OTHERS, "busy")):
+        with pytest.raises(AnalyticsError) as caught:
+            client.sql("SELECT 1", tenant, 1)
+        assert caught.value.kind == kind
+    fresh = Question(measure=Measure.RESPONSES, dimensions=["version", "weekday"])
+    assert not client.page(fresh, OTHERS, 10, None).cached
+    assert sleeping.is_alive()
+    for process in statements_of(service.pid):
+        os.kill(process, signal.SIGKILL)
+    sleeping.join(100)
+    assert [error.kind for error in ended] == ["sql"]
+    assert client.sql("SELECT 1", OTHERS, 1).rows == [[1]]
 
 
 @pytest.mark.parametrize("sql", ["DROP VIEW fact_response", "SELECT * FROM read_text('/etc/passwd')", "SELECT"])
@@ -116,11 +178,17 @@ def test_a_service_that_hangs_costs_the_patience_and_then_nothing(
     settings = ServiceSettings(
         socket=session_directory / "analytics.sock", patience=0.3, breaker_failures=2, breaker_pause=600
     )
-    hasty = AnalyticsClient(settings)
+    hasty = AnalyticsClient(settings.model_copy(update={"sql_start_seconds": 0.1, "sql_seconds": 0.1}))
     assert service.pid is not None
     group = os.getpgid(service.pid)
     os.killpg(group, signal.SIGSTOP)
     try:
+        for _ in range(2):
+            with pytest.raises(AnalyticsAwayError, match="nothing came"):
+                hasty.sql("SELECT 1", MINE, 1)
+        with pytest.raises(AnalyticsAwayError, match="let alone"):
+            hasty.sql("SELECT 1", MINE, 1)
+        # That was no question's failure.
         for _ in range(2):
             with pytest.raises(AnalyticsAwayError, match="nothing came"):
                 hasty.page(BY_SECTOR, MINE, 10, None)

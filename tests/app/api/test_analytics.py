@@ -1,5 +1,7 @@
 """Statistics by the API: of one's own responses, and never at the price of the rest."""
 
+from datetime import datetime
+
 from quern.analytics.etl import BusyError, Etl
 from tests.app.api.client import Client, House, Json, until
 
@@ -46,7 +48,7 @@ def test_a_tenant_asks_about_its_own_responses_and_no_others(house: House, owner
     assert stranger.send("POST", "/analytics/questions", BY_SECTOR).status == 422
 
 
-def test_answers_come_as_files_charts_and_sql(house: House, owner: Client) -> None:
+def test_answers_come_as_files_charts_and_sql_and_say_how_new_they_are(house: House, owner: Client) -> None:
     submitted(owner, house)
     csv = owner.send("POST", "/analytics/files", BY_SECTOR)
     assert csv.headers["content-type"].startswith("text/csv")
@@ -57,6 +59,18 @@ def test_answers_come_as_files_charts_and_sql(house: House, owner: Client) -> No
     assert rows == [[4]]
     refused = owner.send("POST", "/analytics/sql", {"sql": "COPY fact_response TO '/tmp/x.csv'"})
     assert (refused.status, "expected a SELECT" in refused.json()["detail"]) == (422, True)
+    for path, body in (
+        ("questions", BY_SECTOR),
+        *((f"files?format={form}", BY_SECTOR) for form in ("csv", "parquet", "arrow")),
+        *((f"charts?format={form}", BY_SECTOR) for form in ("svg", "png")),
+        ("sql", {"sql": "SELECT 1"}),
+    ):
+        stamp = owner.send("POST", f"/analytics/{path}", body).headers["quern-freshness"]
+        # The house's own nightly run may publish meanwhile.
+        fresh = owner.call("POST", "/analytics/questions", BY_SECTOR)["freshness"]["complete_until"]
+        assert datetime.fromisoformat(stamp) <= datetime.fromisoformat(fresh)
+    described = owner.call("GET", "//api/openapi.json")["paths"]["/api/v1/analytics/files"]["post"]
+    assert "Quern-Freshness" in described["responses"]["200"]["headers"]
 
 
 def test_pages_follow_each_other(house: House, owner: Client) -> None:
