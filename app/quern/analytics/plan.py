@@ -35,8 +35,8 @@ _QUANTILES: Final = {"p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.
 _OF_ANSWER: Final = frozenset({"form", "version", "weekday", "hour", TENANT})
 _COMPARE: Final = {"lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _DEFAULT_TOP: Final = 100
-#: A file with this part of the rows that the dialect takes at once is read by itself, and what is found in it is kept.
-_ALONE: Final = 10
+#: A file with more than this part of the rows that the dialect takes at once is read by itself, and what is found kept.
+_ALONE: Final = 20
 _TERMS: Final = pa.schema([("c0", pa.string()), ("c1", pa.int64()), ("c2", pa.int64())])
 #: Forms named in one expression; beyond that the answers' own rows are read.
 _MOST_FORMS: Final = 50
