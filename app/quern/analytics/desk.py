@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 from quern.analytics import metrics
@@ -12,7 +13,7 @@ from quern.analytics.engine import EngineError, TimedOutError
 from quern.analytics.kept import Kept
 from quern.analytics.manifest import Manifest, NoWarehouseError
 from quern.analytics.plan import AskError
-from quern.analytics.question import AnswerPage, Measure, Question
+from quern.analytics.question import AnswerPage, Filter, Measure, Question
 from quern.store import cursor as cursors
 
 _log = logging.getLogger(__name__)
@@ -93,9 +94,9 @@ class Desk:
                 found = self.ask(question, tenant)
             except TimedOutError:
                 # The more so: beforehand there is more time.
-                self.kept.remember(tenant, question)
+                self._remember(tenant, question)
                 raise
-            self.kept.remember(tenant, question)
+            self._remember(tenant, question)
         else:
             mark, fingerprint, place = cursors.decode(cursor, 3)
             if fingerprint != question.fingerprint or not place.isdigit() or not mark.startswith(f"{tenant or '-'}:"):
@@ -113,6 +114,11 @@ class Desk:
             cached=found.cached,
             next_cursor=after,
         )
+
+    def _remember(self, tenant: str | None, question: Question) -> None:
+        # A text to compare answers with may be somebody's name, which must not outlive an erasure.
+        if not any(_holds_text(item) for item in [*question.filters, *chain(*(s.filters for s in question.stages))]):
+            self.kept.remember(tenant, question)
 
     def _again(self, question: Question, tenant: str | None, mark: str) -> Found:
         if mark == self.stamp(self.warehouse.current(), tenant):
@@ -177,6 +183,11 @@ class Desk:
                 continue
             except Exception:
                 _log.exception("questions could not be answered beforehand")
+
+
+def _holds_text(item: Filter) -> bool:
+    own = item.dimension == "respondent" or item.dimension.startswith(("answer.", "result."))
+    return own and any(isinstance(value, str) for value in item.values)
 
 
 def plain_rows(table: Any) -> list[list[Any]]:

@@ -64,7 +64,9 @@ class DuckDbDialect(Dialect):
         return f"quantile_cont({x}, {share})"
 
     def plain(self, x: str) -> str:
-        return f"CASE WHEN {x} = floor({x}) THEN CAST(CAST({x} AS BIGINT) AS VARCHAR) ELSE CAST({x} AS VARCHAR) END"
+        # Neither what is endless nor what is no number at all is below the bound, which the wide type still holds.
+        whole = f"abs({x}) < 1e38 AND {x} = floor({x})"
+        return f"CASE WHEN {whole} THEN CAST(CAST({x} AS HUGEINT) AS VARCHAR) ELSE CAST({x} AS VARCHAR) END"
 
     def terms(self, texts: str, shortest: str) -> str:
         # Counted text by text: to tell pairs of response and term apart, all of them would be kept until the end.

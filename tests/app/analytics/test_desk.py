@@ -4,10 +4,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from math import inf, nan
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
+from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pytest
 
@@ -143,6 +146,45 @@ def test_standard_questions_and_those_asked_lately_are_answered_beforehand(place
     assert place.desk().answer_beforehand(Event()) > len(STANDARD)
     fresh = place.desk()
     assert all(fresh.page(question, MINE, 10, None).cached for question in [*STANDARD, EACH])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"measure": "responses", "filters": [{"dimension": "answer.email", "values": ["ann@example.org"]}]},
+        {
+            "measure": "funnel",
+            "stages": [{"name": "x", "filters": [{"dimension": "answer.email", "values": ["ann@example.org"]}]}],
+        },
+    ],
+)
+def test_what_somebody_may_have_written_is_not_remembered_with_a_question(place: Place, asked: dict[str, Any]) -> None:
+    place.desk().page(Question.model_validate(asked), MINE, 10, None)
+    place.desk().page(EACH, MINE, 10, None)
+    assert place.desk().kept.remembered(MINE) == [EACH]
+    with redis_connection.connect(lambda: place.url) as redis:
+        found = [key for key in redis.scan_iter() if redis.type(key) == b"string"]
+        # The answers themselves are kept by digests of their questions.
+        assert found
+        assert not any(b"ann@example.org" in key + (redis.get(key) or b"") for key in found)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (7.0, "7"),
+        (-3.25, "-3.25"),
+        (-0.0, "0"),
+        (1e19, "10000000000000000000"),
+        (1e300, "1e+300"),
+        (inf, "inf"),
+        (-inf, "-inf"),
+        (nan, "nan"),
+    ],
+)
+def test_every_stored_number_has_a_text(number: float, text: str) -> None:
+    sql = f"SELECT {DuckDbDialect().plain('x')} FROM (SELECT $x::DOUBLE AS x)"  # noqa: S608 - no value is in it
+    assert duckdb.execute(sql, {"x": number}).fetchall() == [(text,)]
 
 
 def test_what_was_kept_before_a_publication_ends_soon_after_it(place: Place, redis_cache: RedisServer) -> None:
