@@ -1,5 +1,6 @@
 """The nightly run is a periodic job of the `low` queue; `quern etl` is the same by hand."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -72,6 +73,20 @@ def test_the_nightly_job_fills_the_warehouse(desk: Desk, configured: Settings) -
     assert desk.holds()
     shown = REGISTRY.get_sample_value("quern_etl_freshness_timestamp_seconds")
     assert shown == pytest.approx(desk.manifest.freshness.timestamp() if desk.manifest.freshness else 0)
+
+
+@pytest.mark.parametrize("nice", [0, 3])
+def test_the_run_gives_way_as_the_settings_say(
+    configured: Settings, nice: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analytics = configured.analytics.model_copy(update={"nice": nice})
+    store = Store(LiveSettings(configured.model_copy(update={"analytics": analytics})))
+    # In the place of Python: says how nice it is.
+    says = tmp_path / "says"
+    says.write_text('#!/bin/sh\necho "{\\"nice\\": $(nice)}"\n')
+    says.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(says))
+    assert handler._child("run", Context(store)) == {"nice": min(19, os.nice(0) + nice)}
 
 
 def test_a_stopping_worker_stops_the_run(desk: Desk, configured: Settings) -> None:
