@@ -1,16 +1,119 @@
 """Out of the host go only those who must, and only where they must."""
 
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
 import pytest
 from testinfra.host import Host
 
 from tests.host.conftest import RECEIVER_PORT, Place
 
+#: Who reaches which port of a machine beside the host. Whoever is not named for a port does not.
+_NAMES = {"root", "_apt", "_chrony", "quern-fetch", "quern-default", "quern-webhooks", "quern-operator"}
+_WAYS: dict[tuple[str, int], set[str]] = {
+    ("udp", 53): _NAMES,
+    ("tcp", 53): _NAMES,
+    ("udp", 123): {"_chrony"},
+    ("tcp", 4460): {"_chrony"},
+    ("tcp", 80): {"_apt", "quern-fetch"},
+    # The receiver of the tests is one of firewall_webhook_networks.
+    ("tcp", 443): {"_apt", "quern-fetch", "quern-webhooks"},
+}
+_ACCOUNTS = sorted(
+    {*_NAMES, "quern-api", "quern-events", "quern-batched", "quern-engine", "quern-analytics", "quern-backup", "nobody"}
+)
+#: Each as its account, in the host's own network; one connection for all, since the host takes only so many a minute.
+_PROBE = """
+import json, os, pwd, socket, sys
+def reaches(account, protocol, address, port):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    try:
+        entry = pwd.getpwnam(account)
+        os.setgroups([]); os.setgid(entry.pw_gid); os.setuid(entry.pw_uid)
+        kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+        with socket.socket(socket.AF_INET, kind) as way:
+            way.settimeout(10)
+            way.connect((address, port))
+            way.send(b"?")
+            os._exit(0 if way.recv(1) == b"!" else 1)
+    except BaseException:
+        os._exit(1)
+print(json.dumps([reaches(*each) for each in json.load(sys.stdin)]))
+"""
 _CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
 
 
 def reaches(host: Host, account: str, address: str, port: int) -> bool:
     """Whether a process of that account, in the host's own network, can connect."""
     return bool(host.run("runuser -u %s -- python3 -c %s %s %s", account, _CONNECT, address, str(port)).rc == 0)
+
+
+def _answer(way: socket.socket, protocol: str) -> None:
+    while True:
+        try:
+            if protocol == "udp":
+                _, sender = way.recvfrom(16)
+                if sender is None:
+                    return  # shut
+                way.sendto(b"!", sender)
+            else:
+                connection, _ = way.accept()
+                with connection:
+                    connection.recv(16)
+                    connection.sendall(b"!")
+        except ConnectionError:
+            continue
+        except OSError:
+            return  # closed
+
+
+@pytest.fixture(scope="module")
+def far_ends(place: Place) -> Iterator[None]:
+    """A machine beside the host that answers on every port of the table."""
+    with ExitStack() as stack:
+        for protocol, port in _WAYS:
+            kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+            way = stack.enter_context(socket.socket(socket.AF_INET, kind))
+            way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            way.bind((place.gateway, port))
+            if protocol == "tcp":
+                way.listen(16)
+            # Wakes what waits in accept() and recv(), which a mere close does not.
+            stack.callback(_shut, way)
+            threading.Thread(target=_answer, args=(way, protocol), daemon=True).start()
+        yield
+
+
+def _shut(way: socket.socket) -> None:
+    try:
+        way.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # a datagram socket is not connected; it wakes all the same
+
+
+@pytest.fixture(scope="module")
+def reached(host: Host, place: Place, far_ends: None) -> dict[tuple[str, int], set[str]]:
+    """Who reached which port."""
+    asked = [(account, *way) for way in _WAYS for account in _ACCOUNTS if host.user(account).exists]
+    given = json.dumps([(account, protocol, place.gateway, port) for account, protocol, port in asked])
+    said = json.loads(host.check_output("printf %%s %s | python3 -c %s", given, _PROBE))
+    found: dict[tuple[str, int], set[str]] = {way: set() for way in _WAYS}
+    for (account, protocol, port), came in zip(asked, said, strict=True):
+        if came:
+            found[protocol, port].add(account)
+    return found
+
+
+@pytest.mark.parametrize("way", _WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
+def test_names_time_and_packages_are_for_those_who_need_them(
+    reached: dict[tuple[str, int], set[str]], way: tuple[str, int]
+) -> None:
+    assert reached[way] == _WAYS[way]
 
 
 def test_the_webhook_sender_reaches_the_receiver(host: Host, place: Place, receiver: object) -> None:
