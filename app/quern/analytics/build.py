@@ -19,17 +19,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quern.analytics import extract, schema, source
-from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, audit_rows, job_rows
+from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, audit_rows, job_rows, own_job_rows
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import PartitionWriter, batches_of
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
+from quern.analytics.unflushed import Unflushed
 from quern.analytics.version import Version
+from quern.jobs.model import ENDED
 from quern.store.connection import Db, Document
 
 #: Documents for each day that are compared field by field: those with the smallest hashes, so any may be chosen.
 SAMPLE: Final = 3
 _FACTS: Final = ("fact_response", "fact_answer", "fact_embedding", "fact_audit", "fact_job")
 _MERGED_ROWS: Final = 65_536
+#: Fields of a response that are named.
+_LISTED: Final = 10
+Leaf = tuple[str, str, str]
+"""Source, path and item of a value."""
 #: Columns of `fact_answer` that are compared field by field.
 COMPARED: Final = ["response", "source", "path", "item", "value_text", "value_number", "value_bool"]
 
@@ -88,6 +94,8 @@ class Builder:
         self._db, self._warehouse, self._extracts, self._compression = db, warehouse, extracts, compression
         self._jobs_kept, self._pause = jobs_kept, pause
         self._versions = Versions(db)
+        self.unflushed = Unflushed()
+        """What was built since its last flush, which must come before anything says that it is there."""
 
     def build(
         self, tenant: str, first: date, last: date, period: str, generation: int, before: Manifest, today: date
@@ -111,17 +119,22 @@ class Builder:
                 for name in _FACTS
             }
             extracts = [
-                stack.enter_context(extract.Extract(self._extracts, tenant, name, columns, self._compression))
+                stack.enter_context(
+                    extract.Extract(self._extracts, tenant, name, columns, self._compression, self.unflushed)
+                )
                 for name, columns in (("responses", extract.RESPONSES), ("audit", extract.AUDIT))
                 if self._extracts is not None
             ]
             tallies, sample = {day: Tally() for day in days}, Sample(SAMPLE * len(days))
-            explained = self._write_responses(reader, writers, extracts[:1], tallies, sample)
+            explained, unsettled = self._write_responses(reader, writers, extracts[:1], tallies, sample)
+            unsettled = self._write_own_jobs(reader, writers["fact_job"], tallies) or unsettled
             self._write_audit(reader, writers, extracts[1:], tallies)
             partitions = {name: made for name, writer in writers.items() if (made := writer.close()) is not None}
             if "fact_response" in partitions:
                 partitions["fact_response"] = replace(partitions["fact_response"], explained=explained)
             carried = self._carry_jobs(partitions, tenant, days, period, generation, before, today)
+            if "fact_job" in partitions:
+                partitions["fact_job"] = replace(partitions["fact_job"], unsettled=unsettled)
             problems: dict[date, list[str]] = {day: [] for day in days}
             for day, problem in self._miscounted(reader, tallies):
                 problems[day].append(problem)
@@ -136,6 +149,8 @@ class Builder:
                 problems[day].append(problem)
             for file in extracts:
                 file.replace(days)
+            for made in partitions.values():
+                self.unflushed.add(self._warehouse / made.path)
         problems = {day: listed for day, listed in problems.items() if listed}
         return Built(tenant, first, last, partitions, tallies, problems, documents)
 
@@ -154,17 +169,17 @@ class Builder:
         extracts: list[extract.Extract],
         tallies: dict[date, Tally],
         sample: "Sample",
-    ) -> bool:
-        """Whether every value was what its form's version says."""
-        explained, flattener, size = True, Flattener(), 0
+    ) -> tuple[bool, bool]:
+        """Whether every value was what its form's version says; whether a job goes on though its response has ended."""
+        explained, unsettled, flattener, size = True, False, Flattener(), 0
         working: dict[str, Document] = {}
 
         def flush() -> None:
-            nonlocal flattener, explained, working, size
+            nonlocal flattener, explained, unsettled, working, size
             for table, rows in flattener.batches():
                 writers[table.name].write(rows)
             explained = explained and flattener.explained
-            self._write_jobs(reader, writers["fact_job"], tallies, working)
+            unsettled = self._write_jobs(reader, writers["fact_job"], tallies, working) or unsettled
             flattener, working, size = Flattener(), {}, 0
 
         for chunk in reader.responses():
@@ -185,7 +200,7 @@ class Builder:
                 flush()
         if flattener.count:
             flush()
-        return explained
+        return explained, unsettled
 
     def _write_jobs(
         self,
@@ -193,7 +208,9 @@ class Builder:
         writer: PartitionWriter,
         tallies: dict[date, Tally],
         responses: dict[str, Document],
-    ) -> None:
+    ) -> bool:
+        """Whether one of the jobs goes on though its response has ended: its end changes no response."""
+        unsettled = False
         count = reader.count_jobs(list(responses))
         jobs = reader.jobs(list(responses)) if count else []
         if jobs:
@@ -202,10 +219,29 @@ class Builder:
             day = responses[job["subject"]]["created"].date()
             tallies[day].jobs += 1
             tallies[day].attempts += job["attempt"]
+            if job["state"] not in ENDED and responses[job["subject"]]["status"] != "processing":
+                unsettled = True
         if len(jobs) != count:
             # Fewer or more than the index has: no day may be published with them.
             last = next(reversed(responses.values()))
             tallies[last["created"].date()].jobs += count - len(jobs)
+        return unsettled
+
+    def _write_own_jobs(self, reader: source.SpanReader, writer: PartitionWriter, tallies: dict[date, Tally]) -> bool:
+        """Write the jobs that work on no response; whether one of them has not ended."""
+        unsettled, left, last = False, reader.count_own_jobs(), max(tallies)
+        for jobs in reader.own_jobs():
+            self._pause()
+            writer.write(own_job_rows(jobs))
+            left -= len(jobs)
+            for job in jobs:
+                tally = tallies[job["created"].date()]
+                tally.jobs += 1
+                tally.attempts += job["attempt"]
+                unsettled = unsettled or job["state"] not in ENDED
+        # As above.
+        tallies[last].jobs += left
+        return unsettled
 
     def _write_audit(
         self,
@@ -240,19 +276,19 @@ class Builder:
         """
         until = min(days[-1] + timedelta(days=1), today - self._jobs_kept + timedelta(days=1))
         old = before.files("fact_job", tenant, days[0], until) if until > days[0] else []
-        if not old or "fact_response" not in partitions:
+        if not old:
             return {}
-        made = partitions.get("fact_job")
+        made, responses = partitions.get("fact_job"), partitions.get("fact_response")
+        values: dict[str, Any] = {"old": [str(path) for path in old], "first": days[0], "until": until}
+        kept = "response IS NULL"
+        if responses is not None:
+            kept += " OR response IN (SELECT response FROM read_parquet($responses) WHERE status <> 'erased')"
+            values["responses"] = str(self._warehouse / responses.path)
         with open_duckdb("256MB", 1, self._warehouse / "spill") as connection:
             connection.execute(
-                "CREATE TEMP TABLE gone AS SELECT * FROM read_parquet($old) WHERE day >= $first AND day < $until "
-                "AND response IN (SELECT response FROM read_parquet($responses) WHERE status <> 'erased')",
-                {
-                    "old": [str(path) for path in old],
-                    "first": days[0],
-                    "until": until,
-                    "responses": str(self._warehouse / partitions["fact_response"].path),
-                },
+                "CREATE TEMP TABLE gone AS SELECT * FROM read_parquet($old) WHERE day >= $first AND day < $until "  # noqa: S608
+                f"AND ({kept})",
+                values,
             )
             if made is not None:
                 new = {"new": str(self._warehouse / made.path)}
@@ -327,15 +363,20 @@ class Sample:
         for _, identity, day, document in self._kept:
             wanted = leaves_of(document)
             there = rows_as_leaves(found[identity])
-            differing = sorted(
-                key for key in wanted.keys() | there.keys() if not _equal(wanted.get(key), there.get(key))
-            )
-            # The values themselves stay out of it: they are a person's.
-            problems += [(day, f"{identity}: {'.'.join(filter(None, key))} differs") for key in differing]
+            keys = [key for key in wanted.keys() | there.keys() if not equal(wanted.get(key), there.get(key))]
+            if keys:
+                problems.append((day, differs(identity, keys)))
         return problems
 
 
-def _equal(stored: Any, flattened: Any) -> bool:
+def differs(identity: str, keys: list[Leaf]) -> str:
+    """Which of a response's fields differ. The values themselves stay out of it: they are a person's."""
+    listed = [".".join(filter(None, key)) for key in sorted(keys)]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f"{identity}: {', '.join(listed[:_LISTED]) or 'rows'}{more} differs"
+
+
+def equal(stored: Any, flattened: Any) -> bool:
     if isinstance(stored, bool) or isinstance(flattened, bool):
         return stored is flattened
     if isinstance(stored, int) and isinstance(flattened, float):

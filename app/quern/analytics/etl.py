@@ -252,6 +252,7 @@ class Etl:
             work.dimensions |= changes.tenants | {tenant for tenant, _ in changes.days}
             for collection, identifiers in changes.deleted.items():
                 work.want(self._days_of_deleted(manifest, collection, identifiers))
+        work.want(follow.settled(self._db, manifest))
         if asked is not None:
             self._want_range(manifest, work, asked)
 
@@ -322,8 +323,10 @@ class Etl:
                 pa.default_memory_pool().release_unused()
                 given_back = report.documents
             if time.monotonic() - saved > _SAVE_EVERY:
+                self._builder.unflushed.flush()
                 work.save()
                 saved = time.monotonic()
+        self._builder.unflushed.flush()
         work.save()
         self._progress(Progress(total, total, report.documents, "publishing"))
         if report.mismatched_days:

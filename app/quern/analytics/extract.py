@@ -2,7 +2,8 @@
 
     <extract>/<tenant>/<day>/responses.jsonl.zst  responses.parquet  audit.jsonl.zst  audit.parquet
 
-Each file is replaced whole, by rename, whenever its day is rewritten; a day without rows has no file.
+Each file is replaced whole, by rename, whenever its day is rewritten; a day without rows has no file. A run says that a
+day is done when its files are on the disk (`unflushed`): until then it would be written again.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from quern.analytics.flatten import to_json
 from quern.analytics.manifest import safe
 from quern.analytics.source import Chunk, DayChunk
+from quern.analytics.unflushed import Unflushed
 
 Compression = Literal["zstd", "gzip", "none"]
 _SUFFIX: Final = {"zstd": ".zst", "gzip": ".gz", "none": ""}
@@ -55,8 +57,18 @@ _NESTED: Final = frozenset({"answers", "results", "steps", "detail"})
 class Extract:
     """Writes the files of one collection's days, one day after the other. One left by an exception changes nothing."""
 
-    def __init__(self, root: Path, tenant: str, name: str, columns: pa.Schema, compression: Compression) -> None:
+    def __init__(
+        self,
+        root: Path,
+        tenant: str,
+        name: str,
+        columns: pa.Schema,
+        compression: Compression,
+        unflushed: Unflushed | None = None,
+    ) -> None:
+        """`unflushed`: what is told of every file that is put in place or taken away."""
         self._folder, self._name, self._columns, self._compression = root / safe(tenant), name, columns, compression
+        self._unflushed = unflushed or Unflushed()
         self._written: dict[date, _DayWriter] = {}
         self._open: _DayWriter | None = None
 
@@ -92,7 +104,8 @@ class Extract:
         """Put the written files of these days in place; what there was before goes, also where there is nothing now."""
         self._close()
         for day in days:
-            (self._written.get(day) or self._writer(day)).replace()
+            for path in (self._written.get(day) or self._writer(day)).replace():
+                self._unflushed.add(path)
 
 
 class _DayWriter:
@@ -163,8 +176,9 @@ class _DayWriter:
             self._table_file.close()
             self._table_file = None
 
-    def replace(self) -> None:
-        kept = []
+    def replace(self) -> list[Path]:
+        """Returns the files that were put in place or taken away."""
+        kept, gone = [], []
         for path in (self._lines, self._parquet):
             if self._written:
                 _temporary(path).chmod(0o640)
@@ -174,13 +188,16 @@ class _DayWriter:
                 # Of a run that was killed.
                 _temporary(path).unlink(missing_ok=True)
         for path in {*self._stale, self._parquet} - set(kept):
-            path.unlink(missing_ok=True)
+            if path.exists():
+                path.unlink()
+                gone.append(path)
         for folder in (self._directory, self._directory.parent):
             try:
                 folder.rmdir()
             except OSError:
                 # Not empty, or never made.
                 break
+        return [*kept, *gone]
 
 
 def _open_lines(path: Path, compression: Compression) -> Any:

@@ -468,7 +468,7 @@ def _of_type(value: Any, kind: type) -> Any:
 
 
 #: What `job_rows` must know of a response.
-RESPONSE_OF_JOB: Final = ("_id", "tenant", "form", "version", "created")
+RESPONSE_OF_JOB: Final = ("_id", "tenant", "form", "version", "created", "status")
 
 
 def job_rows(documents: Iterable[Document], responses: dict[str, Document]) -> pa.RecordBatch:
@@ -476,30 +476,46 @@ def job_rows(documents: Iterable[Document], responses: dict[str, Document]) -> p
     rows = []
     for document in documents:
         response = responses[document["subject"]]
-        first, run = _timing(document)
-        created: datetime = document["created"]
-        row = (
-            response["tenant"],
-            response["form"],
-            response["version"],
-            response["_id"],
-            document["_id"],
-            response["created"].date(),
-            str((document.get("payload") or {}).get("step", "")),
-            document["kind"],
-            document["queue"],
-            document["state"],
-            created,
-            document["due"],
-            document.get("started"),
-            document.get("ended"),
-            (first - created).total_seconds() if first else None,
-            run,
-            document["attempt"],
-            document["failures"],
-        )
-        rows.append(row)
+        keys = (response["tenant"], response["form"], response["version"], response["_id"])
+        rows.append(_job_row(document, keys, response["created"].date()))
+    return _of_jobs(rows)
+
+
+def own_job_rows(documents: Iterable[Document]) -> pa.RecordBatch:
+    """The rows of `fact_job` for jobs (one at least) that work on no response: of the day on which they were made."""
+    return _of_jobs(
+        [
+            _job_row(document, (document["tenant"], None, None, None), document["created"].date())
+            for document in documents
+        ]
+    )
+
+
+def _of_jobs(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
     return batch(schema.FACT_JOB, dict(zip(schema.FACT_JOB.names, zip(*rows, strict=True), strict=True)))
+
+
+def _job_row(document: Document, keys: tuple[str, str | None, int | None, str | None], day: date) -> tuple[Any, ...]:
+    """The columns of `fact_job` in their order; `keys`: tenant, form, version and response."""
+    first, run = _timing(document)
+    created: datetime = document["created"]
+    return (
+        *keys,
+        document["_id"],
+        day,
+        str((document.get("payload") or {}).get("step", "")),
+        document["kind"],
+        document["queue"],
+        document["state"],
+        created,
+        document["due"],
+        document.get("started"),
+        document.get("ended"),
+        (first - created).total_seconds() if first else None,
+        run,
+        document["attempt"],
+        document["failures"],
+    )
 
 
 def _timing(job: Document) -> tuple[datetime | None, float | None]:

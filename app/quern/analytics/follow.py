@@ -9,7 +9,7 @@ caller must rewrite a range instead (`since_then`).
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Any, Final
@@ -20,8 +20,11 @@ from pymongo.errors import OperationFailure
 from pymongo.read_concern import ReadConcern
 
 from quern.analytics import source
-from quern.analytics.manifest import day_of
+from quern.analytics.manifest import Manifest, day_of
+from quern.analytics.partition import batches_of
+from quern.jobs.model import ENDED
 from quern.store.connection import Db, Document
+from quern.webhooks import RESEND_KIND
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +34,18 @@ _LOST: Final = frozenset({286, 280, 260, 136})
 _DATED: Final = {"responses": "created", "audit": "at"}
 _DIMENSIONS: Final = ("forms", "form_versions", "keys", "tenants")
 _GONE: Final = ("drop", "rename", "dropDatabase", "invalidate")
+#: Of jobs, which change most often, only what no change of a response or of an audit entry tells: one that works on no
+#: response, or sends a message again, is made; one that had ended is replayed. That such a job ends is not watched
+#: either: the next run looks (`Partition.unsettled`).
+_JOBS: Final[list[Document]] = [
+    {
+        "operationType": "insert",
+        "ns.coll": "jobs",
+        "fullDocument.tenant": {"$regex": f"^{source.TENANT_PREFIX}"},
+        "$or": [{"fullDocument.subject": {"$not": {"$regex": "^rsp_"}}}, {"fullDocument.kind": RESEND_KIND}],
+    },
+    {"operationType": "update", "ns.coll": "jobs", "updateDescription.removedFields": "ended"},
+]
 _PIPELINE: Final[list[Document]] = [
     {
         "$match": {
@@ -40,6 +55,7 @@ _PIPELINE: Final[list[Document]] = [
                     "operationType": {"$in": ["insert", "update", "replace", "delete"]},
                     "ns.coll": {"$in": [*_DATED, *_DIMENSIONS]},
                 },
+                *_JOBS,
             ]
         }
     },
@@ -49,10 +65,11 @@ _PIPELINE: Final[list[Document]] = [
             "clusterTime": 1,
             "ns": 1,
             "documentKey": 1,
-            **dict.fromkeys(("fullDocument.tenant", "fullDocument.created", "fullDocument.at"), 1),
+            **{f"fullDocument.{name}": 1 for name in ("tenant", "created", "at", "subject")},
         }
     },
 ]
+_OF_JOB: Final = ("job", "day", "state")
 #: Updated documents whose day is looked up at once.
 _LOOKUP: Final = 1000
 #: No longer than this for the server to reach the present moment of a stream.
@@ -113,7 +130,7 @@ def drain(db: Db, token: Token, pause: Callable[[], None] = lambda: None) -> Cha
         TokenLostError: the server does not go back that far.
     """
     committed = _committed(db)
-    changes, updated = Changes(token), {name: set[str]() for name in _DATED}
+    changes, updated = Changes(token), {name: set[str]() for name in (*_DATED, "jobs")}
 
     def take(event: Document) -> None:
         pause()
@@ -127,7 +144,8 @@ def drain(db: Db, token: Token, pause: Callable[[], None] = lambda: None) -> Cha
         if error.code in _LOST or error.has_error_label("NonResumableChangeStreamError"):
             raise TokenLostError(f"the change stream cannot be resumed ({error.code})") from None
         raise
-    for collection in updated:
+    _look_up_jobs(db, updated, changes)
+    for collection in _DATED:
         _look_up(db, collection, updated, changes)
     return changes
 
@@ -181,6 +199,15 @@ def _take(db: Db, event: Document, changes: Changes, updated: dict[str, set[str]
             tenant = _tenant_of(db, collection, identity)
         if tenant is not None:
             changes.tenants.add(tenant)
+    elif collection == "jobs":
+        if kind == "insert":
+            _take_job(document, changes, updated)
+        else:
+            updated[collection].add(identity)
+            if len(updated[collection]) >= _LOOKUP:
+                _look_up_jobs(db, updated, changes)
+        if len(updated["responses"]) >= _LOOKUP:
+            _look_up(db, "responses", updated, changes)
     elif kind == "delete":
         changes.deleted.setdefault(collection, set()).add(identity)
     elif document.get(_DATED[collection]) is not None:
@@ -198,6 +225,23 @@ def _tenant_of(db: Db, collection: str, identity: str) -> str | None:
     return found["tenant"] if found else None
 
 
+def _take_job(document: Document, changes: Changes, updated: dict[str, set[str]]) -> None:
+    """A job is its response's day's, or that on which it was made."""
+    subject = document.get("subject") or ""
+    if subject.startswith("rsp_"):
+        updated["responses"].add(subject)
+    elif document["tenant"].startswith(source.TENANT_PREFIX):
+        changes.days.add((document["tenant"], day_of(document["created"])))
+
+
+def _look_up_jobs(db: Db, updated: dict[str, set[str]], changes: Changes) -> None:
+    ids = updated["jobs"]
+    if ids:
+        for row in db.jobs.find({"_id": {"$in": sorted(ids)}}, {"tenant": 1, "subject": 1, "created": 1}):
+            _take_job(row, changes, updated)
+        ids.clear()
+
+
 def _look_up(db: Db, collection: str, updated: dict[str, set[str]], changes: Changes) -> None:
     moment, ids = _DATED[collection], updated[collection]
     if not ids:
@@ -208,25 +252,60 @@ def _look_up(db: Db, collection: str, updated: dict[str, set[str]], changes: Cha
     ids.clear()
 
 
+def settled(db: Db, manifest: Manifest) -> set[tuple[str, date]]:
+    """The days with a job that had not ended when they were written, and has now. Only files that may have one are
+    read (`Partition.unsettled`)."""
+    found: set[tuple[str, date]] = set()
+    for tenant, partitions in manifest.tables.get("fact_job", {}).items():
+        for partition in partitions:
+            if partition.unsettled:
+                for rows in batches_of(manifest.root / partition.path, list(_OF_JOB)):
+                    days = {
+                        job: day
+                        for job, day, state in zip(*(rows.column(name).to_pylist() for name in _OF_JOB), strict=True)
+                        if state not in ENDED
+                    }
+                    found |= {(tenant, days[job]) for job in _ended(db, list(days))}
+    return found
+
+
+def _ended(db: Db, jobs: list[str]) -> Iterator[str]:
+    for first in range(0, len(jobs), _LOOKUP):
+        query = {"_id": {"$in": jobs[first : first + _LOOKUP]}, "state": {"$in": sorted(ENDED)}}
+        yield from (row["_id"] for row in db.jobs.find(query, {"_id": 1}))
+
+
 def since_then(db: Db, tenants: list[str], seen: datetime, days_before: int) -> set[tuple[str, date]]:
     """Without the stream: the days to rewrite after the moment `seen`.
 
     All days since `days_before` before it; and, however old, those of responses whose end or erasure the audit log has
-    recorded since. Every change of a response that matters ends in such an entry.
+    recorded since, and those of jobs that were replayed or made to send a message again. Every change of a response
+    that matters ends in such an entry.
     """
     first = day_of(seen) - timedelta(days=days_before)
     found: set[tuple[str, date]] = set()
     for tenant in tenants:
         found |= {(tenant, day) for day in source.days(db, tenant, since=first)}
-        subjects: set[str] = set()
+        subjects, jobs = set[str](), set[str]()
         late = {"tenant": tenant, "at": {"$gte": seen - timedelta(days=days_before)}}
-        for row in db.audit.find(late, {"subject": 1}):
-            if str(row["subject"]).startswith("rsp_"):
-                subjects.add(row["subject"])
+        for row in db.audit.find(late, {"subject": 1, "detail.job": 1}):
+            named = str((row.get("detail") or {}).get("job") or row["subject"])
+            if named.startswith("rsp_"):
+                subjects.add(named)
+            elif named.startswith("job_"):
+                jobs.add(named)
             if len(subjects) >= _LOOKUP:
                 found |= _days_of(db, subjects)
-        found |= _days_of(db, subjects)
+            if len(jobs) >= _LOOKUP:
+                found |= _days_of_jobs(db, jobs)
+        found |= _days_of(db, subjects) | _days_of_jobs(db, jobs)
     return found
+
+
+def _days_of_jobs(db: Db, jobs: set[str]) -> set[tuple[str, date]]:
+    changes, updated = Changes({}), {"responses": set[str](), "jobs": jobs}
+    _look_up_jobs(db, updated, changes)
+    return changes.days | _days_of(db, updated["responses"])
 
 
 def _days_of(db: Db, subjects: set[str]) -> set[tuple[str, date]]:

@@ -1,8 +1,10 @@
 """The comparison of the published warehouse with MongoDB, day by day; what differs is named, never shown."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quern.analytics import follow, source
-from quern.analytics.build import COMPARED, Sample
+from quern.analytics.build import COMPARED, Leaf, Sample, differs, equal
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import batches_of, measured
-from quern.analytics.tally import COUNTED, Tally, add_rows
-from quern.store.connection import Db
+from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
+from quern.jobs.model import ENDED
+from quern.store.connection import Db, Document
 
-#: Rows named of one day.
+#: Rows of a table that are named of one day.
 _NAMED: Final = 20
 _FACTS: Final = tuple(COUNTED)
 
@@ -93,7 +96,7 @@ def verify(
 
 
 def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verification) -> list[str]:
-    stored, sample, ids, kept_jobs = Tally(), Sample(), list[str](), set[str]()
+    stored, sample, ids, jobs = Tally(), Sample(), list[str](), dict[str, int | None]()
     with source.snapshot(db) as session:
         reader = source.SpanReader(db, session, tenant, day, day)
         for chunk in reader.responses():
@@ -102,32 +105,55 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
             stored.add_documents(chunk.documents)
             sample.offer(source.DayChunk(chunk.documents, chunk.digests, day=day))
             ids += [document["_id"] for document in chunk.documents]
-        for first in range(0, len(ids), source.BATCH):
-            for job in reader.jobs(ids[first : first + source.BATCH]):
-                kept_jobs.add(job["_id"])
-                stored.jobs += 1
-                stored.attempts += job["attempt"]
+        for job in _jobs(reader, ids):
+            jobs[job["_id"]] = job["attempt"] if job["state"] in ENDED else None
         for chunk in reader.audit():
             stored.audit += len(chunk.documents)
             stored.audit_hash = source.signed(stored.audit_hash + sum(chunk.digests))
     there = Tally()
+    known, moving = pa.array(sorted(jobs), pa.string()), {job for job, attempts in jobs.items() if attempts is None}
     files = {table: manifest.files(table, tenant, day, day + timedelta(days=1)) for table in _FACTS}
     for table, paths in files.items():
-        more = {"fact_job": ["job"], "fact_answer": COMPARED}.get(table, [])
+        more = {"fact_job": ["job", "state"], "fact_answer": COMPARED}.get(table, [])
         for rows in _rows_of(paths, sorted({*COUNTED[table], *more}), day):
             if table == "fact_job":
-                rows = rows.filter(pc.is_in(rows.column("job"), pa.array(sorted(kept_jobs), pa.string())))
+                rows = rows.filter(pc.is_in(rows.column("job"), known))
+                moving |= _not_ended(rows)
+                rows = _without_attempts(rows, moving)
             add_rows({day: there}, table, rows)
             if table == "fact_answer":
                 sample.find(rows)
+    stored.jobs = len(jobs)
+    stored.attempts = sum(attempts or 0 for job, attempts in jobs.items() if job not in moving)
     found.days += 1
     found.responses += stored.responses
     found.audit += stored.audit
     found.figures.append({"tenant": tenant, "day": day.isoformat(), **_figures(stored, there)})
     problems = stored.differences(there) + [problem for _, problem in sample.differences()]
     if problems:
-        problems += _named(db, tenant, day, files["fact_response"], files["fact_audit"])
+        problems += _named(db, tenant, day, files)
     return problems
+
+
+def _jobs(reader: source.SpanReader, responses: list[str]) -> Iterator[Document]:
+    """A day's jobs: those of its responses, and those that work on none."""
+    for first in range(0, len(responses), source.BATCH):
+        yield from reader.jobs(responses[first : first + source.BATCH])
+    for piece in reader.own_jobs():
+        yield from piece
+
+
+def _not_ended(rows: pa.RecordBatch) -> set[str]:
+    ended = pc.is_in(rows.column("state"), pa.array(sorted(ENDED), pa.string()))
+    return set(rows.column("job").filter(pc.invert(ended)).to_pylist())
+
+
+def _without_attempts(rows: pa.RecordBatch, moving: set[str]) -> pa.RecordBatch:
+    """The same, the attempts of those that have not ended, here or there, being 0: they still change."""
+    still = pc.is_in(rows.column("job"), pa.array(sorted(moving), pa.string()))
+    place = rows.schema.get_field_index("attempts")
+    attempts = pc.if_else(still, pa.scalar(0, pa.int32()), rows.column("attempts"))
+    return rows.set_column(place, "attempts", attempts)
 
 
 def _figures(stored: Tally, there: Tally) -> dict[str, Any]:
@@ -165,27 +191,103 @@ def damaged(manifest: Manifest) -> list[str]:
 
 def differing_rows(db: Db, root: Path, tenant: str, day: date, partitions: dict[str, Partition]) -> list[str]:
     """The rows of a day's files that differ from MongoDB, by identifier."""
-    paths = {
-        table: [root / partitions[table].path] if table in partitions else []
-        for table in ("fact_response", "fact_audit")
-    }
-    return _named(db, tenant, day, paths["fact_response"], paths["fact_audit"])
+    paths = {table: [root / partitions[table].path] if table in partitions else [] for table in _FACTS}
+    return _named(db, tenant, day, paths)
 
 
-def _named(db: Db, tenant: str, day: date, responses: list[Path], audit: list[Path]) -> list[str]:
+def _named(db: Db, tenant: str, day: date, files: dict[str, list[Path]]) -> list[str]:
+    """What differs of each table, _NAMED of each at most: every row of the day is looked at."""
     with source.snapshot(db) as session:
         reader = source.SpanReader(db, session, tenant, day, day)
-        pairs = (
-            ("response", reader.hashes(), _hashes(responses, "response", day)),
-            ("audit entry", reader.audit_hashes(), _hashes(audit, "entry", day)),
-        )
-    found = []
-    for what, stored, there in pairs:
-        found += [f"{what} {name} is missing in the warehouse" for name in sorted(stored.keys() - there.keys())]
-        found += [f"{what} {name} is not in MongoDB" for name in sorted(there.keys() - stored.keys())]
-        both = stored.keys() & there.keys()
-        found += [f"{what} {name} differs" for name in sorted(both) if stored[name] != there[name]]
-    return found[:_NAMED]
+        stored = reader.hashes()
+        found = _apart("response", stored, _hashes(files["fact_response"], "response", day))
+        found += _apart("audit entry", reader.audit_hashes(), _hashes(files["fact_audit"], "entry", day))
+        found += _apart_jobs({job["_id"]: job for job in _jobs(reader, sorted(stored))}, files["fact_job"], day)
+        found += _bounded(_answers_apart(reader, files["fact_answer"], day))
+        found += _bounded(_vectors_apart(reader, files["fact_embedding"], day))
+    return found
+
+
+def _apart(what: str, stored: dict[str, int], there: dict[str, int]) -> list[str]:
+    found = [f"{what} {name} is missing in the warehouse" for name in sorted(stored.keys() - there.keys())]
+    found += [f"{what} {name} is not in MongoDB" for name in sorted(there.keys() - stored.keys())]
+    both = stored.keys() & there.keys()
+    found += [f"{what} {name} differs" for name in sorted(both) if stored[name] != there[name]]
+    return _bounded(found)
+
+
+def _apart_jobs(jobs: dict[str, Document], files: list[Path], day: date) -> list[str]:
+    """Jobs that are missing, or have ended on both sides and differ; MongoDB forgets jobs, the warehouse does not."""
+    there: dict[str, int] = {}
+    moving = {name for name, job in jobs.items() if job["state"] not in ENDED}
+    for rows in _rows_of(files, ["job", "state", "attempts"], day):
+        there.update(zip(rows.column("job").to_pylist(), rows.column("attempts").to_pylist(), strict=True))
+        moving |= _not_ended(rows)
+    found = [f"job {name} is missing in the warehouse" for name in sorted(jobs.keys() - there.keys())]
+    both = (jobs.keys() & there.keys()) - moving
+    found += [f"job {name} differs" for name in sorted(both) if jobs[name]["attempt"] != there[name]]
+    return _bounded(found)
+
+
+def _answers_apart(reader: source.SpanReader, files: list[Path], day: date) -> Iterator[str]:
+    """Every field of every response that differs. Sums of hashes tell whose do, so nothing but these is held."""
+    sums: dict[str, int] = {}
+    for rows in _rows_of(files, COMPARED, day):
+        for row in rows.to_pylist():
+            for key, value in rows_as_leaves([row]).items():
+                sums[row["response"]] = sums.get(row["response"], 0) + _mark(key, value)
+    differing: dict[str, dict[Leaf, Any]] = {}
+    more: list[str] = []
+    for chunk in reader.responses():
+        for document in chunk.documents:
+            leaves = leaves_of(document)
+            apart = sum(_mark(key, value) for key, value in leaves.items()) != sums.pop(document["_id"], 0)
+            if apart and len(differing) < _NAMED:
+                differing[document["_id"]] = leaves
+            elif apart:
+                more.append(document["_id"])
+    there: dict[str, list[dict[str, Any]]] = {name: [] for name in differing}
+    wanted = pa.array(list(differing), pa.string())
+    for rows in _rows_of(files, COMPARED, day):
+        for row in rows.filter(pc.is_in(rows.column("response"), wanted)).to_pylist():
+            there[row["response"]].append(row)
+    for name, leaves in differing.items():
+        found = rows_as_leaves(there[name])
+        keys = leaves.keys() | found.keys()
+        # Where no field differs a row comes twice.
+        yield f"response {differs(name, [key for key in keys if not equal(leaves.get(key), found.get(key))])}"
+    yield from (f"response {differs(name, [])}" for name in more)
+    yield from (f"response {name}: its answers are not in MongoDB" for name in sorted(sums))
+
+
+def _mark(key: Leaf, value: Any) -> int:
+    """A hash of one field, the same for values that are equal on both sides (within this process)."""
+    if isinstance(value, bool):
+        return hash((key, "bool", value))
+    if isinstance(value, int | float):
+        return hash((key, "nan" if value != value else float(value)))
+    return hash((key, value))
+
+
+def _vectors_apart(reader: source.SpanReader, files: list[Path], day: date) -> Iterator[str]:
+    there: Counter[tuple[str, str]] = Counter()
+    for rows in _rows_of(files, ["response", "step"], day):
+        there.update(zip(rows.column("response").to_pylist(), rows.column("step").to_pylist(), strict=True))
+    for chunk in reader.responses():
+        for document in chunk.documents:
+            for step, result in (document.get("results") or {}).items():
+                if isinstance(result, dict) and isinstance(result.get("vector"), list):
+                    if there[document["_id"], step] < 1:
+                        yield f"response {document['_id']}: {step}.vector is missing in the warehouse"
+                    there[document["_id"], step] -= 1
+    yield from (f"response {name}: {step}.vector is not in MongoDB" for (name, step), left in there.items() if left > 0)
+
+
+def _bounded(lines: Iterable[str]) -> list[str]:
+    every = iter(lines)
+    found = list(islice(every, _NAMED))
+    more = sum(1 for _ in every)
+    return [*found, f"and {more} more"] if more else found
 
 
 def _hashes(paths: list[Path], key: str, day: date) -> dict[str, int]:

@@ -25,7 +25,7 @@ from quern.analytics.schema import TABLES
 NAME: Final = "manifest.json"
 SHARED: Final = "shared"
 ALL: Final = "all"
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 
 
 class NoWarehouseError(Exception):
@@ -49,6 +49,8 @@ class Partition:
     """BLAKE2b-128 of the file, hex."""
     explained: bool = True
     """Of `fact_response`: every value was what its form's version says, so the promoted columns hold all of theirs."""
+    unsettled: bool = False
+    """Of `fact_job`: there may be jobs that had not ended and whose end changes no response. The next run looks."""
 
     @property
     def days(self) -> tuple[date, date]:

@@ -180,8 +180,13 @@ def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         compression_level=1,
         version="2.6",
         data_page_version="1.0",
-        # Identifiers and moments hardly repeat: a dictionary of them costs time and gives nothing.
-        use_dictionary=[name for name in schema.names if name not in _NO_DICTIONARY],
+        # Identifiers and moments hardly repeat: a dictionary of them costs time and gives nothing. But a text that may
+        # be NULL has one: DuckDB 2.0.0 finds `IS NULL` true of every row where a plain column has one value and NULLs.
+        use_dictionary=[
+            one.name
+            for one in schema
+            if one.name not in _NO_DICTIONARY or (one.nullable and pa.types.is_string(one.type))
+        ],
         write_statistics=True,
         store_schema=False,
     )

@@ -9,7 +9,7 @@ of a form what a path meant; `wide` turns one version's rows into one row a resp
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Final
@@ -217,17 +217,18 @@ FACT_AUDIT: Final = Table(
 
 FACT_JOB: Final = Table(
     "fact_job",
-    "one row for each job that worked on a response; its day is the response's. Kept after MongoDB forgets the job",
+    "one row for each job of a tenant: those that worked on a response, and all others (requests to `/v1`, test events"
+    " and the like). Kept after MongoDB forgets the job",
     (
         _TENANT,
-        _FORM,
-        _VERSION,
-        _RESPONSE,
+        replace(_FORM, nullable=True),
+        replace(_VERSION, nullable=True),
+        replace(_RESPONSE, doc="`rsp_…`; NULL, as form and version, of a job without a response", nullable=True),
         Column("job", Type.TEXT, "`job_…`"),
-        Column("day", Type.DATE, "the UTC day on which the response was accepted"),
-        Column("step", Type.TEXT, "name of the workflow's step"),
-        Column("kind", Type.TEXT, "kind of step: summarize, classify, email, webhook …"),
-        Column("queue", Type.TEXT, "high, default, webhooks, low or batched (AI)"),
+        Column("day", Type.DATE, "the UTC day on which the response was accepted; without one, the job made"),
+        Column("step", Type.TEXT, "name of the workflow's step; empty without one"),
+        Column("kind", Type.TEXT, "kind of step: summarize, email, webhook …; or openai_chat, webhook_test …"),
+        Column("queue", Type.TEXT, "high (clients wait), default, webhooks, low or batched (AI)"),
         Column("state", Type.TEXT, "as of the extract: blocked, queued, running, done, dead, cancelled or skipped"),
         Column("created", Type.TIMESTAMP, "when it was made"),
         Column("due", Type.TIMESTAMP, "when it could run, at its last try"),

@@ -14,14 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from hashlib import blake2b
+from itertools import islice
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 import bson
 from bson.codec_options import CodecOptions
 from pymongo.client_session import ClientSession
 
 from quern.forms import form as forms
+from quern.jobs.model import WITHOUT_RESPONSE
 from quern.store.connection import Db, Document
 
 #: What of a document the warehouse is about; the outbox, the audit key and later additions never leave the database.
@@ -46,7 +48,11 @@ PIECE: Final = 32
 #: Moments without a zone, for speed: they are all UTC.
 _PLAIN: Final[CodecOptions[Document]] = CodecOptions(tz_aware=False)
 _MASK: Final = (1 << 64) - 1
-_MOMENT: Final = {"responses": "created", "audit": "at"}
+_MOMENT: Final = {"responses": "created", "audit": "at", "jobs": "created"}
+#: Their index; the planner takes another one, and goes through all of a tenant's, where it finds none of them.
+_OWN_JOBS: Final = "without_response"
+#: Whose jobs are a tenant's. Those of the service itself (`quern`) cost no tenant anything.
+TENANT_PREFIX: Final = "ten_"
 
 
 class UnknownTenantError(Exception):
@@ -113,10 +119,11 @@ def bounds(day: date) -> tuple[datetime, datetime]:
 
 
 def tenants(db: Db, session: ClientSession | None = None) -> list[str]:
-    """Every tenant with a response, an audit entry or a form, by jumps over the indexes."""
+    """Every tenant with a response, an audit entry, a form or a job, by jumps over the indexes."""
     found: set[str] = set()
     for collection in ("responses", "audit", "forms"):
         found |= set(db[collection].distinct("tenant", session=session))
+    found |= {name for name in db.jobs.distinct("tenant", session=session) if name.startswith(TENANT_PREFIX)}
     return sorted(found)
 
 
@@ -137,17 +144,27 @@ def tenants_asked_for(db: Db, kept: Iterable[str], tenant: str | None) -> list[s
 
 
 def days(db: Db, tenant: str, since: date | None = None, until: date | None = None) -> dict[date, int]:
-    """Days of [since, until) on which a tenant has responses or audit entries, and how many; from the indexes alone."""
+    """Days of [since, until) on which a tenant has responses, audit entries or jobs without a response, and how many;
+    from the indexes alone."""
     found: dict[date, int] = {}
-    for collection, moment in _MOMENT.items():
-        span = {"$gte": bounds(since or date.min)[0], "$lt": bounds(until or date.max)[0]}
-        match: Document = {"tenant": tenant, moment: span}
-        if collection == "responses":
-            match["form"] = {"$in": db.responses.distinct("form", {"tenant": tenant})}
-        for row in db[collection].aggregate([{"$match": match}, _by_day(moment)]):
+    span = {"$gte": bounds(since or date.min)[0], "$lt": bounds(until or date.max)[0]}
+    of_forms = {"form": {"$in": db.responses.distinct("form", {"tenant": tenant})}}
+    matches = {
+        "responses": {"tenant": tenant, "created": span, **of_forms},
+        "audit": {"tenant": tenant, "at": span},
+        "jobs": _own_jobs(tenant, span),
+    }
+    for collection, match in matches.items():
+        options: dict[str, Any] = {"hint": _OWN_JOBS} if collection == "jobs" else {}
+        for row in db[collection].aggregate([{"$match": match}, _by_day(_MOMENT[collection])], **options):
             day = row["_id"].date()
             found[day] = found.get(day, 0) + row["count"]
     return found
+
+
+def _own_jobs(tenant: str, span: Document) -> Document:
+    """A tenant's jobs that work on no response, made in a span of time."""
+    return {"tenant": tenant if tenant.startswith(TENANT_PREFIX) else None, "created": span, **WITHOUT_RESPONSE}
 
 
 def _by_day(moment: str) -> Document:
@@ -170,6 +187,7 @@ class SpanReader:
             "created": {"$gte": start, "$lt": end},
         }
         self._audit: Document = {"tenant": tenant, "at": {"$gte": start, "$lt": end}}
+        self._own_jobs: Document = _own_jobs(tenant, {"$gte": start, "$lt": end})
 
     def responses(self) -> Iterator[Chunk]:
         return self._chunks("responses", self._responses, RESPONSE_FIELDS)
@@ -186,6 +204,18 @@ class SpanReader:
         found = found.hint("by_subject")
         with self._one_at_a_time:
             return list(found)
+
+    def own_jobs(self) -> Iterator[list[Document]]:
+        """The jobs that work on no response, BATCH at most at once: requests to `/v1`, test events and the like."""
+        found = self._db.jobs.with_options(codec_options=_PLAIN).find(
+            self._own_jobs, {**JOB_FIELDS, "tenant": 1}, session=self._session, batch_size=BATCH, hint=_OWN_JOBS
+        )
+        while piece := list(islice(found, BATCH)):
+            yield piece
+
+    def count_own_jobs(self) -> int:
+        """How many those are, counted by the server."""
+        return self._db.jobs.count_documents(self._own_jobs, session=self._session, hint=_OWN_JOBS)
 
     def counts(self) -> dict[str, dict[date, int]]:
         """How many responses and audit entries each day has, counted by the server from its indexes alone."""

@@ -18,6 +18,7 @@ from quern.analytics.build import open_duckdb
 from quern.analytics.integrity import days_in
 from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
 from quern.analytics.partition import PartitionWriter, batches_of
+from quern.analytics.unflushed import Unflushed
 from quern.analytics.work import Span, Work
 from quern.store.connection import Db
 
@@ -146,7 +147,12 @@ class Assembly:
         if found != expected:
             raise MergeError(f"{table.name} of {tenant} in {month}: expected {expected[0]} rows, found {found[0]}")
         if merged is not None:
-            merged = replace(merged, explained=all(item.explained for item in [*news, *([old] if old else [])]))
+            before = [*news, *([old] if old else [])]
+            explained, unsettled = all(item.explained for item in before), any(item.unsettled for item in before)
+            merged = replace(merged, explained=explained, unsettled=unsettled)
+            written = Unflushed()
+            written.add(self._work.root / merged.path)
+            written.flush()
         self._work.merged[place] = merged
         self._work.save()
         return merged

@@ -42,6 +42,11 @@ PRIORITIES: Final = {"urgent": 0, "normal": 5, "bulk": 9}
 
 _STATE = {state: {"state": state.value} for state in State}
 
+#: Jobs that work on no response. A query must ask for them in these words to be answered by their partial index.
+WITHOUT_RESPONSE: Final[Document] = {
+    "$or": [{"subject": {"$lt": "rsp_"}}, {"subject": {"$gte": "rsp`"}}, {"subject": None}]
+}
+
 INDEXES = {
     "jobs": [
         IndexModel(
@@ -64,6 +69,11 @@ INDEXES = {
         ),
         IndexModel([("queue", ASCENDING)], partialFilterExpression=_STATE[State.BLOCKED], name="blocked"),
         IndexModel([("subject", ASCENDING)], sparse=True, name="by_subject"),
+        IndexModel(
+            [("tenant", ASCENDING), ("created", ASCENDING)],
+            partialFilterExpression=WITHOUT_RESPONSE,
+            name="without_response",
+        ),
         # An ended job keeps its deadline to be looked at; what is overdue is found among those that wait.
         IndexModel(
             [("state", ASCENDING), ("deadline", ASCENDING)],

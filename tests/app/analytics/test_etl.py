@@ -432,3 +432,12 @@ def test_a_reader_keeps_the_warehouse_that_it_opened(desk: Desk) -> None:
 def test_there_is_no_warehouse_before_the_first_run(desk: Desk) -> None:
     with pytest.raises(NoWarehouseError, match="quern etl run"):
         Manifest.load(desk.root / "warehouse")
+
+
+def test_who_gave_no_address_is_told_from_the_one_who_did(desk: Desk) -> None:
+    # DuckDB takes a plain column of one text and NULLs for NULL throughout, so such columns have a dictionary.
+    for answers in ({"email": "maud@example.org"}, {"email": "maud@example.org"}, {"code": "a"}):
+        desk.submit(moment("2026-03-07"), answers)
+    desk.run()
+    assert len(desk.rows("fact_response", "respondent IS NULL")) == 1
+    assert len(desk.rows("fact_audit", "request_id IS NULL")) == 3
