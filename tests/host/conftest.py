@@ -137,9 +137,12 @@ class Played:
 
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]:
-    """Runs a playbook against the host: `play("playbooks/deploy.yml", app_source=…)`; `environment` for another one."""
+    """Runs a playbook against the host: `play("playbooks/deploy.yml", app_source=…)`; `environment` for another one.
 
-    def run(playbook: str, environment: dict[str, str] | None = None, **variables: Any) -> Played:
+    `dry` only foretells.
+    """
+
+    def run(playbook: str, environment: dict[str, str] | None = None, dry: bool = False, **variables: Any) -> Played:
         changes = tmp_path_factory.mktemp("changes")
         surroundings = {
             **os.environ,
@@ -152,6 +155,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]:
         }
         program = str(Path(sys.executable).parent / "ansible-playbook")
         command = [program, "-i", str(ROOT / "molecule/inventory"), playbook, "-e", json.dumps(variables)]
+        command += ["--check"] if dry else []
         done = subprocess.run(
             command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False, timeout=5400
         )
