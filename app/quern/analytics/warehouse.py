@@ -24,6 +24,8 @@ from quern.store.connection import Db
 
 _DATED: Final = [table for table in schema.FACTS if table.dated]
 SPILL: Final = "spill"
+#: Rows of a merged file after which freed memory is given back.
+_GIVE_BACK_AFTER: Final = 100_000
 _SUFFIXES: Final = (".parquet", ".writing")
 
 
@@ -155,6 +157,9 @@ class Assembly:
             written.flush()
         self._work.merged[place] = merged
         self._work.save()
+        if merged is not None and merged.rows > _GIVE_BACK_AFTER:
+            # As after building, see `etl`.
+            pa.default_memory_pool().release_unused()
         return merged
 
     def _append(
