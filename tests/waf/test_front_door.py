@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import socket
 import socketserver
+import ssl
 import tempfile
 import threading
 import time
@@ -256,6 +258,22 @@ def test_a_body_that_is_not_json_is_refused_as_such(door: FrontDoor, kind: str) 
 def test_a_target_that_cannot_be_read_is_a_problem_document_too(door: FrontDoor) -> None:
     response, body = ask(door, "GET", "/../../etc/passwd")
     assert (response.status, json.loads(body)["status"]) == (400, 400)
+
+
+def test_http_2_is_spoken_with_who_offers_it_and_http_1_with_everybody_else(door: FrontDoor) -> None:
+    for offered, chosen in ((["h2", "http/1.1"], "h2"), (["http/1.1"], "http/1.1"), ([], None)):
+        context = ssl.create_default_context(cafile=str(door.certificate.authority))
+        if offered:
+            context.set_alpn_protocols(offered)
+        with (
+            socket.create_connection(("127.0.0.1", door.port), timeout=60) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as spoken,
+        ):
+            assert spoken.selected_alpn_protocol() == chosen
+            if chosen == "h2":
+                # The preface and empty SETTINGS (RFC 9113, section 3.4); the server's first frame is its own SETTINGS.
+                spoken.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+                assert spoken.recv(9)[3] == 4
 
 
 def test_one_address_cannot_ask_without_end() -> None:
