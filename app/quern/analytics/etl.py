@@ -59,6 +59,9 @@ _GIVE_BACK_AFTER: Final = 100_000
 _COLLECT_AFTER: Final = 200_000
 _M_TRIM_THRESHOLD: Final = -1
 _M_TOP_PAD: Final = -2
+_M_ARENA_MAX: Final = -8
+#: Heaps of the C library, as many as threads work at once: the top of any but the first is never given back.
+_ARENAS: Final = 3
 #: Problems that a report quotes.
 _QUOTED: Final = 100
 
@@ -408,6 +411,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
         mallopt(_M_TOP_PAD, 32 << 20)
+        mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 @contextmanager
