@@ -11,7 +11,7 @@ from quern.analytics import metrics
 from quern.analytics.answer import Answer, Warehouse, columns, freshness, stamp
 from quern.analytics.engine import EngineError, TimedOutError
 from quern.analytics.kept import Kept
-from quern.analytics.manifest import Manifest, NoWarehouseError
+from quern.analytics.manifest import Manifest, NoWarehouseError, last_report
 from quern.analytics.plan import AskError
 from quern.analytics.question import AnswerPage, Filter, Measure, Question
 from quern.store import cursor as cursors
@@ -169,6 +169,7 @@ class Desk:
         seen = None
         while not stop.wait(pause):
             try:
+                metrics.show_last_run(last_report(self.warehouse.root))
                 manifest = self.warehouse.current()
                 generation = manifest.generation
                 if manifest.freshness is not None:

@@ -15,8 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date, datetime, timedelta
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
 import pyarrow as pa
@@ -28,6 +27,7 @@ from quern.analytics.build import Builder, Built
 from quern.analytics.integrity import days_in, differing_rows
 from quern.analytics.manifest import NAME as MANIFEST
 from quern.analytics.manifest import (
+    REPORT,
     Manifest,
     NoWarehouseError,
     OtherFormatError,
@@ -43,7 +43,6 @@ from quern.store.connection import Db, is_away
 
 _log = logging.getLogger(__name__)
 
-REPORT: Final = "report.json"
 _LOCK: Final = ".lock"
 #: SnapshotTooOld, SnapshotUnavailable, CursorNotFound: the day is read again.
 _READ_AGAIN: Final = frozenset({239, 246, 43})
@@ -443,12 +442,3 @@ def _together(days: list[date], stored: dict[date, int]) -> Iterator[tuple[date,
             size += more
         last = day
     yield first, last
-
-
-def last_report(root: Path) -> dict[str, Any] | None:
-    """What the last run said, or None before the first."""
-    try:
-        found: dict[str, Any] = orjson.loads((root / REPORT).read_bytes())
-    except FileNotFoundError:
-        return None
-    return found

@@ -46,7 +46,8 @@ class Verification:
     missing_files: list[str] = field(default_factory=list)
     """Files that the manifest names and that are not there, or not what was written."""
     figures: list[dict[str, Any]] = field(default_factory=list)
-    """What was compared, a row for each tenant's day: `responses_mongodb`, `responses_warehouse` and so on."""
+    """What was compared, a row for each tenant's day: `responses_mongodb`, `responses_warehouse` and so on; and how
+    many `problems` were found, which there may be, field by field, where all figures are equal."""
 
     @property
     def holds(self) -> bool:
@@ -128,10 +129,11 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
     found.days += 1
     found.responses += stored.responses
     found.audit += stored.audit
-    found.figures.append({"tenant": tenant, "day": day.isoformat(), **_figures(stored, there)})
     problems = stored.differences(there) + [problem for _, problem in sample.differences()]
     if problems:
         problems += _named(db, tenant, day, files)
+    figures = {"tenant": tenant, "day": day.isoformat(), **_figures(stored, there), "problems": len(problems)}
+    found.figures.append(figures)
     return problems
 
 

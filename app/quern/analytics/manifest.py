@@ -1,6 +1,7 @@
 """The warehouse's directory, and the manifest that says which files are the warehouse.
 
     manifest.json                                                 swapped by rename at publication
+    report.json                                                   what the last run did, swapped likewise
     tenants/<tenant>/<table>/<period>.<generation>-<random>.parquet   a tenant's rows of a table; the period is
                                                                   a day (2026-11-22), a month (2026-10) or `all`
     tenants/shared/<table>/all.<generation>-<random>.parquet      what is the same for every tenant (dim_time)
@@ -23,6 +24,8 @@ import orjson
 from quern.analytics.schema import TABLES
 
 NAME: Final = "manifest.json"
+#: What the last run did.
+REPORT: Final = "report.json"
 SHARED: Final = "shared"
 ALL: Final = "all"
 _FORMAT: Final = 3
@@ -213,6 +216,15 @@ class Manifest:
     def _write(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
         write_atomically(self.root / NAME, orjson.dumps(self.raw(), option=orjson.OPT_UTC_Z))
+
+
+def last_report(root: Path) -> dict[str, Any] | None:
+    """What the last run said, or None before the first."""
+    try:
+        found: dict[str, Any] = orjson.loads((root / REPORT).read_bytes())
+    except FileNotFoundError:
+        return None
+    return found
 
 
 def load_or_empty(root: Path) -> Manifest:

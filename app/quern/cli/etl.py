@@ -256,8 +256,7 @@ def prune(as_json: bool) -> None:
 @json_option
 def status(as_json: bool) -> None:
     """How fresh the warehouse is, what is in it, and how the last run ended."""
-    from quern.analytics.etl import last_report
-    from quern.analytics.manifest import Manifest, NoWarehouseError
+    from quern.analytics.manifest import Manifest, NoWarehouseError, last_report
 
     root = _root()
     report = last_report(root)

@@ -14,7 +14,12 @@ from click.testing import CliRunner, Result
 from prometheus_client.registry import REGISTRY
 
 from quern.analytics import handler
+from quern.analytics.answer import Warehouse
+from quern.analytics.desk import Desk as AnalyticsDesk
+from quern.analytics.duckdb_engine import DuckDbEngine
+from quern.analytics.etl import MismatchError
 from quern.analytics.follow import head
+from quern.analytics.kept import Kept
 from quern.analytics.manifest import NAME, NoWarehouseError
 from quern.cli.main import main
 from quern.cli.runtime import open_runtime
@@ -131,6 +136,27 @@ def test_a_run_that_would_differ_raises_the_alarm_and_is_tried_again(
     run.run(job, context)
     assert REGISTRY.get_sample_value("quern_etl_mismatched_days") == 0
     assert desk.holds()
+
+
+def test_a_run_by_hand_that_would_differ_raises_the_alarm_too(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.submit(moment("2026-10-31"), {"code": "lost"})
+    root, stop = desk.root / "warehouse", threading.Event()
+    engine = DuckDbEngine(root, threads=1, memory_megabytes=300)
+    service = AnalyticsDesk(Warehouse(root, engine, seconds=60), Kept(None, 60))
+    following = threading.Thread(target=service.follow, args=(stop, lambda _: 0, 0.05))
+    following.start()
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr("quern.analytics.flatten.shred", lambda column: iter(()))
+            with pytest.raises(MismatchError):
+                desk.run()
+        until(lambda: REGISTRY.get_sample_value("quern_etl_mismatched_days") == 1)
+        desk.run()
+        until(lambda: REGISTRY.get_sample_value("quern_etl_mismatched_days") == 0)
+    finally:
+        stop.set()
+        following.join()
+        engine.close()
 
 
 def test_run_status_verify_rebuild(desk: Desk, configured: Settings) -> None:
