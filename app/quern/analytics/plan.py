@@ -101,7 +101,8 @@ class _Source:
     dimensions: dict[str, str]
     moment: str
     value: str | None = None
-    distinct: bool = False
+    day: str | None = None
+    """The column with the moment's day in UTC, if there is one."""
 
 
 class _Plan:
@@ -210,12 +211,19 @@ class _Plan:
             return moment
         return self.dialect.local(moment, self.bind(self.question.time_zone))
 
+    def _bucket(self, source: _Source) -> str:
+        """The period of the grain. In UTC from the day, where there is one: a file has few, each truncated once."""
+        question = self.question
+        if source.day is not None and question.grain != "hour" and question.time_zone == "UTC":
+            return self.dialect.bucket(question.grain, source.day)
+        return self.dialect.bucket(question.grain, self._local(source.moment))
+
     # What is asked of rows
 
     def _aggregate(self, filters: Sequence[Filter], statistics: Sequence[str] | None = None) -> str:
         question = self.question
         source = self._source(filters)
-        keys = [] if question.grain == "all" else [self.dialect.bucket(question.grain, self._local(source.moment))]
+        keys = [] if question.grain == "all" else [self._bucket(source)]
         keys += [source.dimensions[name] for name in question.dimensions]
         asked = list(question.asked if statistics is None else statistics)
         value = source.value
@@ -295,7 +303,7 @@ class _Plan:
         question = self.question
         source = self._responses(question.filters, [])
         member = f"r.{_quoted(question.member)}"
-        bucket = self.dialect.bucket(question.grain, self._local(source.moment))
+        bucket = self._bucket(source)
         where = " AND ".join([*source.where, f"{member} IS NOT NULL"])
         visits = (
             f"SELECT {member} AS member, {bucket} AS visited FROM {' '.join(source.tables)} WHERE {where} GROUP BY 1, 2"
@@ -385,7 +393,9 @@ class _Plan:
         where = [*self._within(moment), *(self._condition(dimensions[item.dimension], item) for item in filters)]
         column = MEASURES[self.question.measure].column
         value = f"r.{column}" if column else None
-        return _Source([f"{self.scan(table)} r"], where, dimensions, moment, value)
+        # A job's day is its response's.
+        day = "r.day" if subject == "audit" else None
+        return _Source([f"{self.scan(table)} r"], where, dimensions, moment, value, day)
 
     def _responses(self, filters: Sequence[Filter], paths: list[str]) -> _Source:
         moment = "r.created"
@@ -405,7 +415,7 @@ class _Plan:
         if self.question.measure is Measure.ANSWER:
             copy = self._copy(self.question.of or "")
             if copy is not None and not _is_text(copy):
-                return _Source(tables, [*where, f"{copy} IS NOT NULL"], dimensions, moment, copy)
+                return _Source(tables, [*where, f"{copy} IS NOT NULL"], dimensions, moment, copy, "r.day")
             source, path = self._path(self.question.of or "")
             numbers = (
                 f"SELECT response, value_number FROM {self.scan('fact_answer')} n WHERE source = '{source}' "
@@ -413,7 +423,7 @@ class _Plan:
             )
             tables.append(f"JOIN ({numbers}) m ON m.response = r.response")
             value = "m.value_number"
-        return _Source(tables, where, dimensions, moment, value)
+        return _Source(tables, where, dimensions, moment, value, "r.day")
 
     def _measured(self, alias: str) -> str | None:
         measure = self.question.measure
@@ -493,13 +503,13 @@ class _Plan:
         dimensions = self._own_dimensions("a", question.dimensions)
         if question.measure is Measure.ANSWER:
             where.append("a.value_number IS NOT NULL")
-            return _Source([f"{self.scan('fact_answer')} a"], where, dimensions, "a.created", "a.value_number")
+            return _Source([f"{self.scan('fact_answer')} a"], where, dimensions, "a.created", "a.value_number", "a.day")
         key = self._key("a", self._field(asked))
         where.append(f"{key} IS NOT NULL")
         scanned = f"{self.scan('fact_answer')} a"
         if self._field(asked).repeated:
             # The same option in two items of a group is one response with that option.
-            kept = ("response", "form", "version", "tenant", "created", "processing_seconds")
+            kept = ("response", "form", "version", "tenant", "created", "day", "processing_seconds")
             rows = (
                 f"SELECT DISTINCT {', '.join(f'a.{name} AS {name}' for name in kept)}, {key} AS value_ "
                 f"FROM {scanned} WHERE {' AND '.join(where)}"
@@ -511,7 +521,7 @@ class _Plan:
             tables.append(f"JOIN ({self._values(name)}) a{place} ON a{place}.response = a.response")
             dimensions[name] = f"a{place}.value"
         value = "a.processing_seconds" if question.measure is Measure.RESPONSE_TIME else None
-        return _Source(tables, where, dimensions, "a.created", value)
+        return _Source(tables, where, dimensions, "a.created", value, "a.day")
 
     def _values(self, name: str) -> str:
         """Response and value, once each, of an answer, a result or a step."""
