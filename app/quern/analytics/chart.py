@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 
 from quern.analytics import calendar
@@ -24,6 +25,7 @@ _COLOURS: Final = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4
 _MOST_SERIES: Final = 8
 _MOST_BARS: Final = 25
 _LONGEST: Final = 40
+_MARGIN: Final = 0.03
 #: Where nothing is, these are 0.
 _ZERO: Final = ("count", "sum")
 #: Its label, its periods, and a value (or None: a break) for each.
@@ -66,7 +68,8 @@ def series(question: Question, table: pa.Table, value: str, until: datetime | No
     """The greatest lines of an answer with buckets; and how many there are besides.
 
     A period without rows is 0 where something is counted or summed (and in a share, where its period has others), and
-    else a break: None. Of periods in a row without rows the first and the last stand for all: the line is the same.
+    else, or where `top` may have cut it off, a break: None. Of periods in a row without rows the first and the last
+    stand for all: the line is the same.
     """
     keys = [name for name in table.column_names if name in question.dimensions or name == "stage"]
     found: dict[tuple[Any, ...], dict[date, float | None]] = {}
@@ -74,13 +77,15 @@ def series(question: Question, table: pa.Table, value: str, until: datetime | No
         found.setdefault(tuple(row[name] for name in keys), {})[row[BUCKET]] = row[value]
     there = {bucket for points in found.values() for bucket in points}
     ends = {*_ends(question, until), min(there), max(there)}
-    zero = value in _ZERO
+    # What the question cut off may be anything.
+    whole = question.top is None or table.num_rows < question.top
+    zero, share = whole and value in _ZERO, whole and value == "share"
 
     def at(bucket: date) -> float | None:
-        return 0 if zero or (value == "share" and bucket in there) else None
+        return 0 if zero or (share and bucket in there) else None
 
     ordered = sorted(found.items(), key=lambda item: (-sum(part or 0 for part in item[1].values()), _label(item[0])))
-    also = ends | there if zero or value == "share" else ends
+    also = ends | there if zero or share else ends
     made = [
         (_label(key) if keys else value, *_filled(points, also, question, at)) for key, points in ordered[:_MOST_SERIES]
     ]
@@ -166,6 +171,11 @@ def _lines(axes: Any, question: Question, table: pa.Table, value: str, until: da
         # A period between two breaks would not be seen without a mark.
         marker = "." if len(x) < 60 or None in y else None
         axes.plot(x, y, color=colour, label=name, marker=marker, linewidth=1.5)
+    # What begins or ends with a break is none the less asked for.
+    dates = [at for _, x, _ in found for at in x]
+    low, high = date2num([min(dates), max(dates)])  # type: ignore[no-untyped-call]
+    if low < high:
+        axes.set_xlim(low - (high - low) * _MARGIN, high + (high - low) * _MARGIN)
     axes.set_ylabel(_unit(question, value))
     axes.set_ylim(bottom=0 if all((part or 0) >= 0 for _, _, y in found for part in y) else None)
     axes.grid(axis="y", alpha=0.3)

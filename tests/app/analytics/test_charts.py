@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from matplotlib.dates import date2num
 
 from quern.analytics.answer import Warehouse
 from quern.analytics.chart import ChartFormat, chart, drawn
@@ -97,6 +98,22 @@ def test_a_mean_has_a_break_where_nothing_was_measured() -> None:
     months = [date(2024, number, 1) for number in (11, 12)] + [date(2025, number, 1) for number in (1, 2)]
     drawn_ = lines(mean, mean=[(months[0], 5.0), (months[2], 7.0), (months[3], None)])
     assert drawn_ == {"mean": [(months[0], 5.0), (months[1], None), (months[2], 7.0), (months[3], None)]}
+
+
+def test_an_axis_shows_the_whole_range_even_where_nothing_was_measured() -> None:
+    bounds = Range(start=datetime(2024, 2, 1, tzinfo=UTC), before=datetime(2024, 3, 1, tzinfo=UTC))
+    mean = Question(measure=Measure.RESPONSE_TIME, grain="day", statistics=["mean"], range=bounds)
+    rows = pa.table({"bucket": [date(2024, 2, 10), date(2024, 2, 11)], "mean": [1.0, 2.0]})
+    low, high = drawn(mean, rows, None, None).axes[0].get_xlim()
+    first, last = date2num([date(2024, 2, 1), date(2024, 2, 29)])  # type: ignore[no-untyped-call]
+    assert low < first < last < high
+
+
+def test_what_top_cut_off_is_not_drawn_as_nothing() -> None:
+    days = [date(2024, 3, number) for number in (1, 2, 3)]
+    rows: Rows = [(days[0], 5), (days[2], 7)]
+    assert lines(responses(grain="day", top=2), count=rows)["count"] == [rows[0], (days[1], None), rows[1]]
+    assert lines(responses(grain="day", top=3), count=rows)["count"] == [rows[0], (days[1], 0), rows[1]]
 
 
 def test_a_share_is_none_of_a_period_that_has_others_and_of_an_empty_one_there_is_no_share() -> None:
