@@ -71,7 +71,11 @@ class _Asked:
         own = [item for item in world.responses if tenant in (None, item["tenant"])]
         self.responses = [item for item in own if item["status"] != "erased"]
         known = {item["_id"]: item for item in own}
-        self.jobs = [{**item, "response": known[item["subject"]]} for item in world.jobs if item["subject"] in known]
+        self.jobs = [
+            {**item, "response": known.get(item["subject"], {})}
+            for item in world.jobs
+            if tenant in (None, item["tenant"])
+        ]
         self.audit = [item for item in world.audit if tenant in (None, item["tenant"])]
         self.zone = ZoneInfo(question.time_zone)
 
@@ -99,7 +103,7 @@ class _Asked:
             return [
                 job["state"]
                 for job in self.jobs
-                if job["subject"] == document["_id"] and job["payload"]["step"] == path
+                if job["subject"] == document["_id"] and job["payload"].get("step") == path
             ]
         if kind == "answer":
             found = [pair for top, value in document["answers"].items() for pair in leaves(value, f"answer.{top}")]
@@ -128,9 +132,9 @@ class _Asked:
             return item["results"].get({"sentiment": "mood", "label": "topic"}[name], {}).get("label")
         if "subject" in item and "payload" in item:
             if name == "step":
-                return item["payload"]["step"]
+                return item["payload"].get("step", "")
             if name in ("form", "version"):
-                return item["response"][name]
+                return item["response"].get(name)
         return item.get(name)
 
     def local(self, item: Document) -> datetime:

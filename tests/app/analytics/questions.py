@@ -44,8 +44,8 @@ SOMETIMES: dict[str, list[Any]] = {
 JOB: dict[str, list[Any]] = {
     "form": FORMS,
     "version": [1.0, 2.0],
-    "queue": ["batched"],
-    "kind": ["mood"],
+    "queue": ["batched", "high"],
+    "kind": ["mood", "openai_chat"],
     "step": ["topic"],
     "state": ["done"],
     "hour": [1.0],
@@ -68,10 +68,10 @@ def _dimensions(measure: Measure, asked: World, tenant: str | None) -> dict[str,
 def _filter(draw: st.DrawFn, known: dict[str, list[Any]]) -> Filter:
     name = draw(st.sampled_from(sorted(known)))
     values = known[name]
-    op = draw(st.sampled_from(["in", "not_in", "lt", "ge", "exists"]))
+    op = draw(st.sampled_from(["in", "not_in", "lt", "le", "gt", "ge", "exists"]))
     if op == "exists":
         return Filter(dimension=name, op="exists", values=draw(st.sampled_from([[], [True], [False]])))
-    if op in ("lt", "ge"):
+    if op in ("lt", "le", "gt", "ge"):
         comparable = [value for value in values if not isinstance(value, bool)]
         if not comparable:
             op = "in"
@@ -120,7 +120,7 @@ def questions(draw: st.DrawFn, asked: World, tenant: str | None) -> Question:
         ]
     if measure not in SPECIAL:
         statistics = ["count", "share"] + (
-            [] if measure in COUNTED else ["sum", "mean", "min", "max", "p50", "p90", "p99"]
+            [] if measure in COUNTED else ["sum", "mean", "min", "max", "p50", "p75", "p90", "p95", "p99"]
         )
         made["statistics"] = draw(st.lists(st.sampled_from(statistics), max_size=4, unique=True))
         if "count" in made["statistics"] and draw(st.booleans()):

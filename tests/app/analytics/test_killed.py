@@ -5,13 +5,18 @@ import os
 import random
 import signal
 import sys
+import time
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pymongo import MongoClient
 
-from quern.analytics import integrity
+from quern.analytics import integrity, source
+from quern.analytics.flatten import to_json
 from quern.analytics.manifest import NAME
 from quern.analytics.settings import AnalyticsSettings
 from quern.analytics.work import NAME as WORK
@@ -49,12 +54,19 @@ class _Runs:
         settings = desk.settings.model_dump(mode="json")
         self._arguments = (mongod.uri, desk.db.name, settings)
         self._counts = counts
+        self.seconds = 0.0
+        """That the last run took."""
 
-    def __call__(self, kill_at: int = 0) -> int | None:
-        """Exit status of a run that is killed at some touch of a file (0: not at all)."""
+    def __call__(self, kill_at: int = 0, kill_after: float | None = None) -> int | None:
+        """Exit status of a run that is killed at some touch of a file (0: not at all), or after some seconds."""
         process = self._context.Process(target=_run, args=(*self._arguments, kill_at, str(self._counts)))
+        began = time.monotonic()
         process.start()
-        process.join(120)
+        if kill_after is not None:
+            process.join(kill_after)
+            process.kill()
+        process.join(300)
+        self.seconds = time.monotonic() - began
         return process.exitcode
 
     @property
@@ -69,6 +81,32 @@ def _stored(desk: Desk) -> set[tuple[str, str]]:
 
 def _published(desk: Desk) -> set[tuple[str, str]]:
     return {(row["response"], row["status"]) for row in desk.rows("fact_response")}
+
+
+def _extracted(desk: Desk, name: str) -> dict[str, dict[str, Any]]:
+    """The extract's documents by identifier: each once, on its own day, the same ones in both files."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in (desk.root / "extract").glob(f"*/*/{name}.jsonl.zst"):
+        with pa.CompressedInputStream(str(path), "zstd") as stream:
+            documents = list(map(orjson.loads, stream.read().splitlines()))
+        rows = pq.read_table(path.with_name(f"{name}.parquet"), columns=["id"])
+        assert rows.column("id").to_pylist() == [document["id"] for document in documents]
+        for document in documents:
+            at = document["created" if name == "responses" else "at"]
+            assert document["id"] not in found
+            assert (path.parent.name, path.parent.parent.name) == (at[:10], document["tenant"])
+            found[document["id"]] = document
+    return found
+
+
+def _extract_equals_mongodb(desk: Desk) -> bool:
+    for name, fields in (("responses", source.RESPONSE_FIELDS), ("audit", source.AUDIT_FIELDS)):
+        expected = {}
+        for document in desk.db[name].find({"tenant": desk.tenant}, fields):
+            identity = document.pop("_id")
+            expected[identity] = orjson.loads(to_json({"id": identity, **document}))
+        assert _extracted(desk, name) == expected
+    return True
 
 
 def _change(desk: Desk, chance: random.Random, span: int = 40) -> None:
@@ -105,6 +143,29 @@ def test_killed_at_any_point_the_published_warehouse_is_whole(desk: Desk, mongod
     assert runs() == 0
     assert desk.holds()
     assert _published(desk) == _stored(desk)
+    assert _extract_equals_mongodb(desk)
+
+
+def test_killed_after_any_time_the_published_warehouse_is_whole(desk: Desk, mongod: Mongod, tmp_path: Path) -> None:
+    # In the middle of anything: while Parquet is written, DuckDB merges or MongoDB is waited for.
+    chance, killed = random.Random(21), 0
+    runs = _Runs(desk, mongod, tmp_path / "touches")
+    for _ in range(4):
+        _change(desk, chance, span=8)
+    assert runs() == 0
+    _change(desk, chance, span=8)
+    assert runs() == 0
+    seconds = runs.seconds
+    for _ in range(5):
+        _change(desk, chance, span=8)
+        killed += runs(kill_after=seconds * chance.uniform(0.2, 0.9)) == -signal.SIGKILL
+        assert integrity.damaged(desk.manifest) == []
+        assert integrity.verify(desk.db, desk.manifest).holds
+    assert killed
+    assert runs() == 0
+    assert desk.holds()
+    assert _published(desk) == _stored(desk)
+    assert _extract_equals_mongodb(desk)
 
 
 def test_the_first_run_is_gone_on_with_after_a_kill(desk: Desk, mongod: Mongod, tmp_path: Path) -> None:

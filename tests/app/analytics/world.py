@@ -10,7 +10,7 @@ import orjson
 import pyarrow as pa
 
 from quern.analytics import schema
-from quern.analytics.flatten import Flattener, audit_rows, job_rows
+from quern.analytics.flatten import Flattener, audit_rows, job_rows, own_job_rows
 from quern.analytics.manifest import ALL, Manifest, Source
 from quern.analytics.partition import PartitionWriter, batch
 from quern.analytics.version import Version
@@ -154,6 +154,7 @@ def world(seed: int, count: int = 60) -> World:
             made.responses.append({**document, "status": "erased", "erased": created})
             continue
         _fill(source, made, document, definitions[form, number]["fields"])
+    made.jobs.extend(_without_response(source, seed, place) for place in range(count // 4))
     for place in range(count // 2):
         tenant = source.choice(TENANTS)
         made.audit.append(
@@ -210,6 +211,27 @@ def _fill(source: random.Random, made: World, document: Document, fields: list[D
         )
 
 
+def _without_response(source: random.Random, seed: int, place: int) -> Document:
+    """The job of a request to `/v1`."""
+    created = _moment(source)
+    begun = created + timedelta(milliseconds=source.randint(0, 5000))
+    ended = begun + timedelta(milliseconds=source.randint(0, 5000))
+    return {
+        "_id": identifier.derived("job", str(seed), str(place)),
+        "subject": identifier.derived("air", str(seed), str(place)),
+        "payload": {},
+        "kind": "openai_chat",
+        "queue": source.choice(["high", "batched"]),
+        "state": "done",
+        "created": created,
+        "due": created,
+        "attempt": source.randint(1, 3),
+        "failures": 0,
+        "log": [{"type": name, "at": at} for name, at in (("queued", created), ("running", begun), ("done", ended))],
+        "tenant": source.choice(TENANTS),
+    }
+
+
 def _float32(source: random.Random) -> list[float]:
     made: list[float] = pa.array([source.uniform(-1, 1) for _ in range(8)], pa.float32()).to_pylist()
     return made
@@ -233,6 +255,9 @@ def publish(made: World, root: Path) -> Manifest:
         jobs = [job for job in made.jobs if job["subject"] in known]
         if jobs:
             tables["fact_job", tenant, period] = [job_rows(jobs, known)]
+    for job in made.jobs:
+        if not job["subject"].startswith("rsp_"):
+            tables.setdefault(("fact_job", job["tenant"], _period(job["created"])), []).append(own_job_rows([job]))
     for tenant in TENANTS:
         entries = [entry for entry in made.audit if entry["tenant"] == tenant]
         for period in {_period(entry["at"]) for entry in entries}:
