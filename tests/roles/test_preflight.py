@@ -124,6 +124,8 @@ def preflight(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pref
     inventory.write_text(json.dumps({"all": {"hosts": {"quern": good}}}))
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "NO_COLOR": "1"}
     environment |= {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_LOCAL_TEMP": str(folder / "local")}
+    # Operators live anywhere.
+    environment |= {"TZ": "Europe/Berlin"}
     # Facts are gathered once: each run is told its own.
     environment |= {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts")}
     own = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
