@@ -64,6 +64,8 @@ _FAST = WriteConcern(w=1, j=False)
 _STENCILS = 3000
 _ALPHABET = np.frombuffer(b"0123456789abcdefghjkmnpqrstvwxyz", dtype=np.uint8)
 _BATCH = 5000
+#: API keys of a tenant, by which its responses come: the first brings a sixth of them, the last one in two thousand.
+_USERS = 300
 
 
 def tenant_of(number: int) -> str:
@@ -175,7 +177,10 @@ class _Tenant:
         self.tenant = tenant_of(number)
         self.random = random.Random(seed * 1000 + number)
         self.forms = [identifier.derived("frm", self.tenant, str(place)) for place in range(2)]
-        self.key = identifier.derived("key", self.tenant)
+        self.keys = [
+            identifier.derived("key", self.tenant, *([str(place)] if place else [])) for place in range(_USERS)
+        ]
+        self.shares = [1 / (place + 1) for place in range(_USERS)]
         self.seed, self.made = seed, 0
         words = _TEXT.split()
         self.texts = [
@@ -186,15 +191,16 @@ class _Tenant:
     def register(self, db: Db, first: date) -> None:
         at = datetime(first.year, first.month, first.day, tzinfo=UTC)
         db.tenants.insert_one({"_id": self.tenant, "name": self.tenant, "created": at})
-        db.keys.insert_one(
+        db.keys.insert_many(
             {
-                "_id": self.key,
+                "_id": key,
                 "tenant": self.tenant,
-                "name": "website",
+                "name": f"website {place}",
                 "kind": "publishable",
                 "created": at,
                 "revoked": None,
             }
+            for place, key in enumerate(self.keys)
         )
         texts = {"definition": orjson.dumps(DEFINITION).decode(), "workflow": orjson.dumps(WORKFLOW).decode()}
         for form in self.forms:
@@ -230,17 +236,22 @@ class _Tenant:
         seconds = min(3600.0, random_.lognormvariate(2.5, 1.0))
         processed = created + timedelta(milliseconds=int(seconds * 1000))
         form, comment = random_.choice(self.forms), random_.choice(self.texts)
+        actor = random_.choices(self.keys, self.shares)[0]
         answers: dict[str, Any] = {
             "sector": random_.choice(SECTORS),
             "email": f"user{random_.randrange(100_000)}@example.org",
             "score": random_.randrange(1, 6),
             "age": random_.randrange(16, 90),
-            "visited": f"2026-{random_.randrange(1, 13):02}-{random_.randrange(1, 29):02}",
             "comment": comment,
             "topics": random_.sample(TOPICS, 2),
-            "contact": {"city": "Sheffield", "phone": f"0114 {random_.randrange(10**6)}"},
+            "contact": {"city": "Sheffield"},
             "agreed": True,
         }
+        # Not everybody answers everything.
+        if random_.random() < 0.8:
+            answers["visited"] = f"2026-{random_.randrange(1, 13):02}-{random_.randrange(1, 29):02}"
+        if random_.random() < 0.7:
+            answers["contact"]["phone"] = f"0114 {random_.randrange(10**6)}"
         scores = {name: round(random_.random(), 4) for name in ("praise", "complaint", "question", "idea")}
         moods = {name: round(random_.random(), 4) for name in ("positive", "neutral", "negative")}
         label, mood = max(scores, key=scores.__getitem__), max(moods, key=moods.__getitem__)
@@ -261,14 +272,14 @@ class _Tenant:
             "audit_key": random_.randbytes(32),
             "steps": dict.fromkeys(results, "done"),
             "results": results,
-            "actor": self.key,
+            "actor": actor,
             "processed": processed,
         }
         audit = {
             "_id": identifier.derived("aud", identity),
             "tenant": self.tenant,
             "at": created,
-            "actor": self.key,
+            "actor": actor,
             "action": "response.submitted",
             "subject": identity,
             "detail": {"form": form, "version": 1},
