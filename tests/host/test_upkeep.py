@@ -1,0 +1,40 @@
+"""Logs stay within their bounds, without waiting for the night, and whoever writes them goes on."""
+
+import time
+
+import pytest
+from testinfra.host import Host
+
+ACCESS = "/var/log/nginx/access.log"
+ACCOUNTING = "/var/log/account/pacct"
+
+
+@pytest.fixture
+def rotate(host: Host) -> None:
+    """Fills two logs beyond their sizes (roles/nginx, roles/base), then does what the timer does each hour."""
+    host.check_output("truncate -s +101M %s && truncate -s +51M %s", ACCESS, ACCOUNTING)
+    host.check_output("systemctl start logrotate.service")
+
+
+def test_the_sizes_of_logs_are_looked_at_each_hour(host: Host) -> None:
+    assert host.service("logrotate.timer").is_running
+    calendar = host.check_output("systemctl show logrotate.timer --property TimersCalendar")
+    assert calendar.count("OnCalendar=") == 1
+    assert "OnCalendar=*-*-* *:00:00" in calendar
+
+
+def test_a_log_beyond_its_size_is_rotated_and_its_service_goes_on(host: Host, rotate: None) -> None:
+    try:
+        for path in (ACCESS, ACCOUNTING):
+            assert host.file(path).size < 2**20, path
+            assert host.check_output("find %s-* -mmin -60", path), path
+        # Into the new file, and not into the one that was moved away; what is logged is written within seconds.
+        deadline = time.monotonic() + 120
+        while "after-the-rotation" not in host.file(ACCESS).content_string:
+            host.run("python3 -c 'import urllib.request as u; u.urlopen(\"http://127.0.0.1/after-the-rotation\")'")
+            assert time.monotonic() < deadline, "expected nginx to write to its new log"
+            time.sleep(1)
+        assert "after-the-rotation" not in host.check_output("tail -qc 4096 %s-* | tr -d '\\0'", ACCESS)
+    finally:
+        # Sparse, and yet nothing that a copy of the host should carry.
+        host.run("find /var/log/nginx /var/log/account -name '*-*' -size +50M -delete")
