@@ -22,6 +22,7 @@ from quern.embedded.smtp_sink import SmtpSink
 from quern.embedded.stack import temporary_stack
 from quern.migrations import migrate
 from quern.store.connection import Store
+from tests.app.accounts import ApplianceAccounts, refused
 from tests.app.api.client import Client, House
 from tests.app.observe.collector import Collector
 
@@ -156,8 +157,9 @@ def house(collector: Collector) -> Iterator[House]:
         "QUERN_JOB__BACKOFF_BASE": "0.5",
         "QUERN_API_RECEIVE_SECONDS": "3",
     }
-    with temporary_stack(with_engine=False, settings=settings) as stack:
+    with temporary_stack(with_engine=False, settings=settings, accounts=ApplianceAccounts()) as stack:
         yield House(stack)
+        assert refused(stack) == []
 
 
 @pytest.fixture

@@ -55,3 +55,10 @@ def test_redis_refuses_no_service_what_it_asks(host: Host) -> None:
     # Nobody waits for a wake-up that was refused: its jobs only start late.
     said = host.run("journalctl --no-pager -o cat --unit 'quern-*' | grep -E 'NoPermissionError|NOPERM' | head -n 5")
     assert said.stdout == ""
+
+
+def test_mongod_refuses_no_service_what_it_asks(host: Host) -> None:
+    said = host.run(
+        "journalctl --no-pager -o cat --unit mongod | grep 'Checking authorization failed' | grep 'on quern to execute'"
+    )
+    assert said.stdout == ""

@@ -198,7 +198,9 @@ def test_rsyslog_accepts_its_configuration(host: Path, programs: Path, judge: Ju
 
 def test_redis_starts_by_its_configuration(host: Path, programs: Path, judge: Judge) -> None:
     """It has no dry run: it starts, answers, and is ended."""
-    for name in ("queue", "cache"):
+    # What waits is never thrown out, and outlives a restart; what is kept to be quick makes room.
+    promises = {"queue": ("noeviction", "yes"), "cache": ("allkeys-lru", "no")}
+    for name, (policy, appends) in promises.items():
         (host / f"var/lib/redis-{name}").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="q-", dir="/tmp") as short:
             text = moved((host / f"etc/quern/redis/{name}.conf").read_text(), host, programs)
@@ -209,10 +211,14 @@ def test_redis_starts_by_its_configuration(host: Path, programs: Path, judge: Ju
             configuration.write_text(text)
             ask = f"{programs}/usr/bin/redis-cli -s {short}/redis.sock ping"
             asked = f"for _ in $(seq 600); do {ask} && break; sleep 0.1; done"
+            asked += f"; {ask.removesuffix('ping')} config get maxmemory-policy appendonly"
             script = f'"$@" & {asked}; kill $!; wait $!'
             # Debian's redis-server is redis-check-rdb by another name.
             said = judge("usr/bin/redis-server", configuration, before=["sh", "-c", script, "sh"])
         assert "PONG" in said, said
+        answered = said.split()
+        assert answered[answered.index("maxmemory-policy") + 1] == policy
+        assert answered[answered.index("appendonly") + 1] == appends
 
 
 def test_mongod_accepts_its_configuration(host: Path) -> None:

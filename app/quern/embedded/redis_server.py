@@ -18,7 +18,8 @@ Fsync = Literal["always", "everysec"]
 class RedisServer(ChildProcess):
     """One instance that keeps its files and its socket in `directory`.
 
-    `fsync` is the queue's append-only-file policy; `memory_megabytes` bounds the data.
+    `fsync` is the queue's append-only-file policy; `memory_megabytes` bounds the data. With `guarded` accounts that are
+    made and saved (ACL SAVE) outlive a restart.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class RedisServer(ChildProcess):
         fsync: Fsync = "everysec",
         socket: Path | None = None,
         memory_megabytes: int = 256,
+        guarded: bool = False,
     ) -> None:
         self.directory = directory
         self.socket = socket or directory / "redis.sock"
@@ -42,6 +44,10 @@ class RedisServer(ChildProcess):
             policy = ["--maxmemory-policy", "noeviction", "--appendonly", "yes", "--appendfsync", fsync]
         else:
             policy = ["--maxmemory-policy", "allkeys-lru", "--appendonly", "no"]
+        if guarded:
+            accounts = directory / "users.acl"
+            accounts.touch(mode=0o600)
+            policy += ["--aclfile", os.fspath(accounts)]
         super().__init__(
             f"redis-server ({role})",
             [

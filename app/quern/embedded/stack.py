@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import httpcore2
 from cryptography.fernet import Fernet
@@ -28,9 +29,22 @@ from quern.runtime import Runtime
 QUEUES = ("high", "default", "webhooks", "low", "batched")
 
 
+class Accounts(Protocol):
+    """What gives each process an account of its own in databases that ask for one."""
+
+    def create(self, mongod: Mongod, queue: RedisServer, cache: RedisServer) -> None:
+        """Make the accounts, in databases that run and that hold nothing yet."""
+
+    def environment(self, process: str) -> Mapping[str, str]:
+        """By what settings a process (`api`, `worker-low`) is known to them."""
+
+
 @dataclass
 class Stack:
-    """The processes, in the order in which they start. `settings` adds to, or overrides, the environment of all."""
+    """The processes, in the order in which they start. `settings` adds to, or overrides, the environment of all.
+
+    With `accounts` each process comes to the databases by its own; without, nobody is asked.
+    """
 
     directory: Path
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +52,7 @@ class Stack:
     queues: tuple[str, ...] = QUEUES
     with_engine: bool = True
     announce: Callable[[str], None] = lambda _: None
+    accounts: Accounts | None = None
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -45,9 +60,10 @@ class Stack:
         self.smtp = SmtpSink(tls="starttls", certificate=certificate)
         self.receiver = Receiver(certificate=certificate)
         self.certificate = certificate
-        self.mongod = Mongod(self.directory / "mongod")
-        self.redis = RedisServer(self.directory / "redis", role="queue")
-        self.cache = RedisServer(self.directory / "cache", role="cache")
+        guarded = self.accounts is not None
+        self.mongod = Mongod(self.directory / "mongod", guarded=guarded)
+        self.redis = RedisServer(self.directory / "redis", role="queue", guarded=guarded)
+        self.cache = RedisServer(self.directory / "cache", role="cache", guarded=guarded)
         self.processes: dict[str, ChildProcess] = {}
 
     @cached_property
@@ -89,6 +105,8 @@ class Stack:
             self.announce(f"starting {name}")
             service.start()
             self.processes[name] = service
+        if self.accounts is not None:
+            self.accounts.create(self.mongod, self.redis, self.cache)
         self.announce("creating indexes")
         migrate(self.runtime.store.db)
         self._spawn_all()
@@ -114,12 +132,13 @@ class Stack:
 
     def _spawn(self, name: str, arguments: list[str], ready: Callable[[], bool]) -> None:
         self.announce(f"starting {name}")
+        own = {} if self.accounts is None else self.accounts.environment(name)
         process = ChildProcess(
             f"quern {' '.join(arguments)}",
             [sys.executable, "-m", "quern.cli.main", *arguments],
             log=self.directory / f"{name}.log",
             ready=ready,
-            environment={"QUERN_METRICS_BIND": f"unix:{self._socket(f'metrics-{name}')}", **self.environment},
+            environment={"QUERN_METRICS_BIND": f"unix:{self._socket(f'metrics-{name}')}", **self.environment, **own},
             directory=self.directory,
         )
         process.start(wait=False)

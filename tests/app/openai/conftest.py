@@ -18,6 +18,7 @@ from quern.openai import deltas
 from quern.store.connection import Db
 from quern.store.redis_connection import connect
 from quern.tenants import keys, tenant
+from tests.app.accounts import ApplianceAccounts, refused
 from tests.app.api.client import Client
 from tests.app.inference.lending import lend
 from tests.app.openai.teaching import HERMES, teach
@@ -102,8 +103,9 @@ def lab(models: Path) -> Iterator[Lab]:
         "QUERN_JOB__LEASE": "3",
     }
     queues = ("high", "webhooks", "low", "batched")
-    with temporary_stack(api_workers=1, queues=queues, settings=settings) as stack:
+    with temporary_stack(api_workers=1, queues=queues, settings=settings, accounts=ApplianceAccounts()) as stack:
         yield Lab(stack, models / TAUGHT / "w.gguf")
+        assert refused(stack) == []
 
 
 @pytest.fixture

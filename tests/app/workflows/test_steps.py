@@ -13,6 +13,7 @@ from quern.embedded.demo import EXTRACTED, TOPICS, Client
 from quern.embedded.stack import Stack, temporary_stack
 from quern.tenants import keys, tenant
 from quern.workflows.prompt import SENTIMENTS
+from tests.app.accounts import ApplianceAccounts, refused
 
 COMMENT = "My parcel with the number QX-48213 came two weeks late and the box was open. Please call me back."
 PATIENCE_SECONDS = 600
@@ -20,8 +21,9 @@ PATIENCE_SECONDS = 600
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    with temporary_stack(queues=("default", "webhooks", "batched")) as running:
+    with temporary_stack(queues=("default", "webhooks", "batched"), accounts=ApplianceAccounts()) as running:
         yield running
+        assert refused(running) == []
 
 
 @pytest.fixture(scope="module")
