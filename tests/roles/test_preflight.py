@@ -44,6 +44,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "mail by a port that is closed": ({"app_mail": {**MAIL, "port": 2525}}, {}, ["firewall_mail_ports", "2525"]),
     "a network that is none": ({"firewall_webhook_networks": ["10.0.0.0/99"]}, {}, ["10.0.0.0/99"]),
     "two ports for SSH": ({"base_ssh_port": 2222, "firewall_ssh_port": 22}, {}, ["base_ssh_port", "2222"]),
+    "a port that Ansible does not come by": ({"base_ssh_port": 2222}, {}, ["ansible_port", "2222"]),
     "the placeholder of a key": (
         {"base_ssh_authorized_keys": ["ssh-ed25519 AAAAC3Nza...change-me operator@example.org"]},
         {},
