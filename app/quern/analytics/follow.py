@@ -45,6 +45,8 @@ _JOBS: Final[list[Document]] = [
         "$or": [{"fullDocument.subject": {"$not": {"$regex": "^rsp_"}}}, {"fullDocument.kind": RESEND_KIND}],
     },
     {"operationType": "update", "ns.coll": "jobs", "updateDescription.removedFields": "ended"},
+    # The server writes down the whole of a small document where that is shorter than what changed of it.
+    {"operationType": "replace", "ns.coll": "jobs", "fullDocument.log.type": "replayed"},
 ]
 _PIPELINE: Final[list[Document]] = [
     {
