@@ -26,10 +26,17 @@ INVENTORY: dict[str, Any] = {
     "base_ssh_authorized_keys": ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFy operator@example.org"],
     "app_mail": {"host": "mail.example.org", "port": 587, "tls": "starttls", "from_address": "forms@example.org"},
 }
+#: What a value may hold, and what shells and systemd take for something else.
+AWKWARD = """O'Brien's "Forms" $HOME `id` \\n 100% #1"""
 #: Everything that is off, or empty, by default.
 OPTIONS: dict[str, Any] = {
     "app_private_authority": "/root/authority.pem",
-    "app_settings": {"QUERN_JOB__LEASE": 10, "QUERN_WEBHOOK__ALLOW_NETWORKS": ["10.1.0.0/16"]},
+    "app_settings": {
+        "QUERN_JOB__LEASE": 10,
+        "QUERN_WEBHOOK__ALLOW_NETWORKS": ["10.1.0.0/16"],
+        "QUERN_ENGINE_CHAT_MODEL": AWKWARD,
+        "QUERN_ENGINE_PINNED": "one,two",
+    },
     "base_ssh_root_by_key": False,
     "base_ssh_forwarding": True,
     "base_ssh_user": "operator",
@@ -56,7 +63,7 @@ OPTIONS: dict[str, Any] = {
         "tls": "implicit",
         "from_address": "forms@example.org",
         "username": "quern",
-        "from_name": "Forms",
+        "from_name": AWKWARD,
     },
 }
 #: One after the other, so that every choice is taken in one of them.

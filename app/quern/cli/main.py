@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "status": "operate.status",
     "doctor": "doctor.doctor",
     "migrate": "operate.migrate_command",
+    "config": "configuration.config_group",
     "secret-key": "operate.secret_key",
     "analytics": "analytics.analytics",
     "sql": "analytics.sql",
