@@ -122,3 +122,12 @@ def test_a_configuration_that_locks_the_operator_out_is_taken_back(
     assert "the old one is back" in done.output
     assert answers(place)
     assert host.file("/etc/ssh/sshd_config.d/10-quern.conf").content == before
+
+
+def test_who_comes_by_ssh_sees_the_host_by_glances_as_the_role_configures_it(host: Host) -> None:
+    shown = "--stdout mem.percent,cpu.total,network,docker --stop-after 1 --time 1"
+    said = host.check_output("TERM=dumb timeout 60 glances -C /etc/glances/glances.conf " + shown)
+    assert "mem.percent: " in said and "cpu.total: " in said
+    # What the configuration hides, and turns off: only then was it read.
+    assert "interface_name" in said and "'lo'" not in said
+    assert "docker" not in said

@@ -1,12 +1,15 @@
 """Prometheus sees every process, Alertmanager mails, all of it within its share, and nothing of it from outside."""
 
 import json
+import secrets
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from testinfra.host import Host
 
 from quern.embedded.smtp_sink import SmtpSink
+from tests.host.client import Client
 from tests.host.conftest import Place
 
 UNITS = ("prometheus", "prometheus-alertmanager", "prometheus-node-exporter", "prometheus-redis-exporter")
@@ -86,4 +89,46 @@ def test_the_operator_reads_the_logs(host: Host, place: Place) -> None:
             break
         assert time.monotonic() < deadline, refused
         time.sleep(1)
-    assert isinstance(json.loads(host.check_output("quern logs errors --json")), list)
+
+
+def logs(host: Host, *words: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(host.check_output("quern logs " + " ".join(words) + " --json"))
+    return found
+
+
+def test_the_most_frequent_errors_come_from_the_journal(host: Host) -> None:
+    """As a service says them: one JSON line each, by its unit."""
+    now = datetime.now(UTC).isoformat()
+    said = {"time": now, "level": "error", "process": "rehearsal", "message": "tried key_0123456789ABCDEFGHJKMNPQRS"}
+    host.check_output("echo %s > /run/rehearsal.log", "\n".join([json.dumps(said)] * 3))
+    host.check_output("systemd-run --quiet --wait --unit=quern-rehearsal cat /run/rehearsal.log")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (rows := [row for row in logs(host, "errors") if row["process"] == "rehearsal"]):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert [(row["count"], row["error"]) for row in rows] == [(3, "tried …")]
+
+
+def test_a_request_is_followed_by_its_name_and_the_slow_ones_are_named_from_rotated_logs_too(
+    host: Host, place: Place, client: Client
+) -> None:
+    name = f"rehearsal-{secrets.token_hex(6)}"
+    form = client.form("Logs", workflow={"steps": [{"name": "mood", "type": "sentiment", "fields": ["comment"]}]})
+    path = f"/api/v1/forms/{form}/responses"
+    response = client.call("POST", path, {"answers": {"comment": "Late again."}}, **{"X-Request-ID": name})["id"]
+    client.processed(response, PATIENCE_SECONDS)
+    # nginx writes its log every five seconds.
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while host.run("grep -q %s /var/log/nginx/access.log", name).failed:
+        assert time.monotonic() < deadline, f"expected {name} in nginx's log"
+        time.sleep(1)
+    host.check_output("logrotate --force /etc/logrotate.d/nginx")
+    assert host.run("grep -q %s /var/log/nginx/access.log", name).failed, "expected the log to be rotated"
+    rows = logs(host, "request", name)
+    assert "nginx" in {row["process"] for row in rows}
+    assert any(row["message"].startswith("POST") and "202" in row["message"] for row in rows), rows
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+    slow = {row["route"]: row for row in logs(host, "slow")}
+    (submitting,) = [row for route, row in slow.items() if route.startswith("POST") and route.endswith("/responses")]
+    assert submitting["requests"] >= 1
+    assert 0 < submitting["p50_seconds"] <= submitting["p99_seconds"] <= submitting["slowest_seconds"]

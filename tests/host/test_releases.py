@@ -70,6 +70,39 @@ def test_a_broken_release_takes_itself_back(
     assert "down" not in host.check_output("grep -rh 'server unix:/run/quern-api/' /etc/nginx")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"QUERN_JOB__LEASE": "never"}, "QUERN_JOB__LEASE: "),
+        # A slip of the pen would be passed over in silence.
+        ({"QUERN_JOBS__LEASE": 10}, "QUERN_JOBS__LEASE: "),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_touched(
+    host: Host, play: Callable[..., Played], settings: dict[str, object], said: str
+) -> None:
+    units = ("quern-api@1", "quern-api@2", "quern-worker@batched", "quern-relay")
+    before = [active(host), host.file("/etc/quern/quern.env").content_string, *(started(host, unit) for unit in units)]
+    done = play("playbooks/deploy.yml", app_settings=settings)
+    assert done.code != 0
+    assert said in done.output
+    after = [active(host), host.file("/etc/quern/quern.env").content_string, *(started(host, unit) for unit in units)]
+    assert after == before
+
+
+def test_a_setting_by_which_nothing_serves_is_taken_back(
+    host: Host, place: Place, client: Client, form: str, trusting: ssl.SSLContext, play: Callable[..., Played]
+) -> None:
+    before = host.file("/etc/quern/quern.env").content_string
+    with Load(place.address, client.key, form, trusting) as load:
+        # Of the right form, and there is no such Redis: the API's first instance does not become ready.
+        done = play("playbooks/deploy.yml", app_settings={"QUERN_REDIS_QUEUE_URL": "unix:///run/nowhere/redis.sock"})
+    assert done.code != 0
+    assert "from before are back" in done.output
+    assert host.file("/etc/quern/quern.env").content_string == before
+    assert load.failures == []
+
+
 def test_the_operator_goes_back_to_the_release_before(host: Host, play: Callable[..., Played]) -> None:
     wanted = host.check_output("readlink /opt/quern/previous")
     assert active(host) != wanted
