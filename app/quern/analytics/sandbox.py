@@ -31,14 +31,6 @@ class SqlError(Exception):
     """The statement failed, or may not be run; the text is for whoever wrote it."""
 
 
-class BusyError(Exception):
-    """As many statements are under way as may be; nothing was run. `own`: the asker's own one is among them."""
-
-    def __init__(self, text: str, *, own: bool) -> None:
-        super().__init__(text)
-        self.own = own
-
-
 class SandboxError(Exception):
     """There is no sandbox to be had on this machine; nothing was run."""
 
@@ -64,30 +56,6 @@ class Rows:
     types: list[str]
     rows: list[list[Any]]
     more: bool
-
-
-class Places:
-    """How many statements run at once: `most` in all, and of one tenant one."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken: set[str] = set()
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def take(self, tenant: str) -> Iterator[None]:
-        """Hold a place as long as the block runs. Raises BusyError at once when there is none."""
-        with self._lock:
-            if tenant in self._taken:
-                raise BusyError("a statement of this tenant is under way; one runs at a time", own=True)
-            if len(self._taken) >= self._most:
-                raise BusyError(f"{self._most} statements of other tenants are under way; try again", own=False)
-            self._taken.add(tenant)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._taken.discard(tenant)
 
 
 def files_of(manifest: Manifest, tenants: Sequence[str]) -> dict[str, list[Path]]:

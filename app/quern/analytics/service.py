@@ -26,6 +26,7 @@ from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.engine import Engine, EngineError, TimedOutError
 from quern.analytics.kept import Kept
 from quern.analytics.manifest import NoWarehouseError
+from quern.analytics.places import BusyError, Places
 from quern.analytics.plan import AskError
 from quern.analytics.question import FRESHNESS_HEADER, Freshness, Question
 from quern.analytics.settings import AnalyticsSettings
@@ -128,18 +129,23 @@ def create_app(desk: Desk, settings: ProcessSettings) -> Flask:
     app = Flask("quern-analytics", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = _MOST_BODY
     service = settings.analytics.service
-    places = sandbox.Places(service.sql_at_once)
+    statements = Places(service.sql_at_once, 1, "statements")
+    # However dear the questions of one tenant are, those of another find a thread.
+    threads = service.at_once + service.sql_at_once
+    questions = Places(threads, max(1, service.at_once - 1), "questions")
 
     @app.post("/page")
     def page() -> Response:
         asked = Asked.model_validate_json(request.get_data())
-        made = desk.page(asked.question, asked.tenant, asked.limit, asked.cursor)
+        with questions.take(asked.tenant or ""):
+            made = desk.page(asked.question, asked.tenant, asked.limit, asked.cursor)
         return _stamped(Response(made.model_dump_json(), mimetype="application/json"), made.freshness)
 
     @app.post("/file")
     def file() -> Response:
         asked = Asked.model_validate_json(request.get_data())
-        answer = desk.ask(asked.question, asked.tenant).answer
+        with questions.take(asked.tenant or ""):
+            answer = desk.ask(asked.question, asked.tenant).answer
         if asked.format == "svg" or asked.format == "png":
             from quern.analytics.chart import chart
 
@@ -154,7 +160,7 @@ def create_app(desk: Desk, settings: ProcessSettings) -> Flask:
         limits = sandbox.Limits(
             service.sql_seconds, service.sql_memory_megabytes, asked.rows, start_seconds=service.sql_start_seconds
         )
-        with places.take(asked.tenant):
+        with statements.take(asked.tenant):
             manifest = desk.warehouse.current()
             found = sandbox.run(asked.sql, manifest, [asked.tenant], limits)
         fresh = freshness(manifest)
@@ -202,8 +208,8 @@ def _add_errors(app: Flask) -> None:
 
         return answer
 
-    @app.errorhandler(sandbox.BusyError)
-    def busy(error: sandbox.BusyError) -> tuple[Response, int]:
+    @app.errorhandler(BusyError)
+    def busy(error: BusyError) -> tuple[Response, int]:
         return _json({"kind": "turn" if error.own else "busy", "text": str(error)}), 429 if error.own else 503
 
     for known, status, kind in _FAULTS:

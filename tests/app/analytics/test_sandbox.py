@@ -21,7 +21,7 @@ import pytest
 from quern.analytics import sandbox
 from quern.analytics.confine import CONFINED
 from quern.analytics.manifest import Manifest
-from quern.analytics.sandbox import BusyError, Limits, Places, SandboxError, SqlError
+from quern.analytics.sandbox import Limits, SandboxError, SqlError
 from tests.app.analytics.world import TENANTS, World, publish, world
 
 MINE, OTHERS = TENANTS
@@ -326,20 +326,6 @@ def test_where_memory_ends_a_statement_goes_first(warehouse: Manifest) -> None:
     for pid in children():
         os.kill(pid, signal.SIGKILL)
     assert ended.wait(60)
-
-
-def test_of_one_tenant_one_statement_runs_at_a_time_and_of_all_a_few() -> None:
-    places = Places(2)
-    with places.take(MINE):
-        with pytest.raises(BusyError) as own, places.take(MINE):
-            raise AssertionError
-        with places.take(OTHERS), pytest.raises(BusyError) as others, places.take("a third"):
-            raise AssertionError
-        with places.take("a third"):
-            pass
-    with places.take(MINE):
-        pass
-    assert (own.value.own, others.value.own) == (True, False)
 
 
 _ATTEMPTS = """
