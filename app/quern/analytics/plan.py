@@ -280,21 +280,30 @@ class _Plan:
         question = self.question
         keys = len(question.dimensions) + (question.grain != "all")
         names = [f"c{place}" for place in range(keys)]
-        passed: list[Filter] = list(question.filters)
-        parts = []
-        for position, stage in enumerate(self._stages(), start=1):
-            passed = [*passed, *stage.filters]
-            counted = self._aggregate(passed, ["count"])
-            parts.append(
-                f"SELECT {''.join(f'{name}, ' for name in names)}{position} AS c{keys}, "
-                f"{self.bind(stage.name)} AS c{keys + 1}, stage_{position}.c{keys} AS c{keys + 2} "
-                f"FROM ({counted}) stage_{position}"
-            )
+        # One reading for all stages, not one for each: a stage is what passed the one before and its own filters.
+        source = self._responses(question.filters, [name for name in question.dimensions if PATH.fullmatch(name)])
+        keyed = [] if question.grain == "all" else [self._bucket(source)]
+        keyed += [source.dimensions[name] for name in question.dimensions]
+        listed = [f"{key} AS {name}" for key, name in zip(keyed, names, strict=True)]
+        passed: list[str] = []
+        stages = self._stages()
+        for position, stage in enumerate(stages, start=1):
+            passed += [self._response_condition(item, copied=True) for item in stage.filters]
+            listed.append(f"CASE WHEN {' AND '.join(passed) or 'TRUE'} THEN 1 ELSE 0 END AS s{position}")
+        rows = f"SELECT {', '.join(listed)} FROM {' '.join(source.tables)} WHERE {' AND '.join(source.where)}"
+        sums = ", ".join(f"sum(s{position}) AS s{position}" for position in range(1, len(stages) + 1))
+        group = f" GROUP BY {', '.join(names)}" if names else ""
+        counted = f"SELECT {', '.join([*names, sums])} FROM ({rows}) rows_{group}"
+        parts = [
+            f"SELECT {''.join(f'{name}, ' for name in names)}{position} AS c{keys}, "
+            f"{self.bind(stage.name)} AS c{keys + 1}, s{position} AS c{keys + 2} FROM counted WHERE s{position} > 0"
+            for position, stage in enumerate(stages, start=1)
+        ]
         union = " UNION ALL ".join(parts)
         partition = f"PARTITION BY {', '.join(names)} " if names else ""
         first = f"max(c{keys + 2}) OVER ({partition})"
         listed = [*names, f"c{keys}", f"c{keys + 1}", f"c{keys + 2}", f"1.0 * c{keys + 2} / {first} AS c{keys + 3}"]
-        return f"SELECT {', '.join(listed)} FROM ({union}) funnel"
+        return f"WITH counted AS ({counted}) SELECT {', '.join(listed)} FROM ({union}) funnel"
 
     def _stages(self) -> list[Stage]:
         return self.question.stages or DEFAULT_STAGES
