@@ -10,7 +10,7 @@ from tests.host.test_check_mode import SHARE_FORETOLD
 
 #: Of roles/base and roles/firewall; from most of them something follows.
 _SPOILED = (
-    "/etc/sysctl.d/90-quern.conf",
+    "/etc/sysctl.d/99-quern.conf",
     "/etc/chrony/conf.d/quern.conf",
     "/etc/systemd/journald.conf.d/quern.conf",
     "/etc/audit/rules.d/quern.rules",

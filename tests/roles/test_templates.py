@@ -255,7 +255,7 @@ def test_python_understands_the_programs(host: Path) -> None:
 
 def test_kernel_parameters_are_each_set_once(host: Path) -> None:
     lines = [
-        line for line in (host / "etc/sysctl.d/90-quern.conf").read_text().splitlines() if line[:1] not in ("", "#")
+        line for line in (host / "etc/sysctl.d/99-quern.conf").read_text().splitlines() if line[:1] not in ("", "#")
     ]
     names = [re.fullmatch(r"([a-z0-9_.]+) = (\S.*)", line) for line in lines]
     assert all(names), lines
