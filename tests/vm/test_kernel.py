@@ -22,7 +22,7 @@ def test_modules_that_no_server_needs_cannot_be_loaded(guest: Guest) -> None:
     each = "modinfo $name >/dev/null 2>&1 && echo there $name; modprobe $name 2>/dev/null && echo in $name"
     said = guest.say(f"for name in {' '.join(denied)}; do {each}; done; true").splitlines()
     # Of modules that this kernel does not have, it would prove nothing.
-    assert len([line for line in said if line.startswith("there ")]) >= 3
+    assert [line for line in said if line.startswith("there ")]
     assert [line for line in said if line.startswith("in ")] == []
     loaded = {line.split()[0] for line in guest.say("lsmod").splitlines()}
     assert loaded & {name.replace("-", "_") for name in denied} == set()
