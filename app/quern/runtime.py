@@ -209,6 +209,7 @@ class Runtime:
     def chores(self) -> list[Chore]:
         """What one scheduler does now and then."""
         from quern.audit import chain
+        from quern.audit.patrol import Patrol
         from quern.jobs import reconciler
         from quern.jobs.scheduler import Chore
         from quern.observe import metrics, mongodb
@@ -217,14 +218,19 @@ class Runtime:
         def server_status() -> dict[str, Any]:
             return dict(self.store.client.admin.command({"serverStatus": 1, **mongodb.LEFT_OUT}))
 
+        patrol = Patrol()
+
+        def keys() -> chain.KeyRing:
+            return chain.KeyRing(self.settings.required("audit_key"))
+
         def seal() -> None:
-            keys = chain.KeyRing(self.settings.required("audit_key"))
-            while chain.seal_pending(self.store.db, keys):
+            while chain.seal_pending(self.store.db, keys()):
                 pass
             metrics.UNSEALED.set(self.store.db.audit.count_documents({"pending": True}))
 
         return [
             Chore("seal the audit log", 1.0, seal),
+            Chore("verify the audit log", 60.0, lambda: patrol.step(self.store.db, keys())),
             Chore("restore turns", 15.0, lambda: reconciler.restore_turns(self.store)),
             Chore("observe MongoDB", 15.0, lambda: mongodb.record(server_status())),
             Chore("observe the queues", 5.0, lambda: reconciler.observe(self.store)),

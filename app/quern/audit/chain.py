@@ -11,6 +11,7 @@ import hmac
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pymongo import UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
@@ -32,6 +33,11 @@ class KeyRing:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all keys, in their order."""
+        return [name for name, _ in self._keys]
 
     @property
     def current(self) -> tuple[str, bytes]:
@@ -121,54 +127,86 @@ class Verification:
     problems: list[str]
 
 
+class Walk:
+    """A verification under way: judges sealed entries in their order, with the contents that they vouch for."""
+
+    def __init__(self, keys: KeyRing, expect: tuple[int, str] | None = None) -> None:
+        self.keys, self._expect = keys, expect
+        self.seq, self.seal = 0, GENESIS
+        self.checked = self.erased = 0
+        self._problems: list[str] = []
+        self._unknown: Counter[str] = Counter()
+        self._oldest_allowed = len(keys)
+
+    def go_on(self, db: Db, limit: int = 200) -> bool:
+        """Judge the next entries, at most `limit`; False: the chain ended among them."""
+        documents = list(db.audit.find({"seq": {"$gt": self.seq}}).sort("seq", 1).limit(limit))
+        contents = _contents(db, [document.get("subject") for document in documents if "mac" in document])
+        for document in documents:
+            self._judge(document)
+            if "mac" in document:
+                self._compare(db, document, contents)
+        return len(documents) == limit
+
+    @property
+    def problems(self) -> list[str]:
+        """What was found so far, in the chain's order, and at last the keys that are lacking."""
+        return self._problems + [
+            f"{count} entries were sealed with key {name}, which is not among QUERN_AUDIT_KEY: put it back, last"
+            for name, count in self._unknown.items()
+        ]
+
+    def _judge(self, document: Document) -> None:
+        seq = self.seq + 1
+        if document["seq"] != seq:
+            self._problems.append(f"entry {seq} is missing: the chain goes on with {document['seq']}")
+            seq = document["seq"]
+        # Whoever tampers with an entry may leave anything in it, or nothing.
+        name, seal = str(document.get("sealed_by", "")), str(document.get("seal", ""))
+        key, age = self.keys.get(name)
+        if age > self._oldest_allowed:
+            self._problems.append(f"entry {seq} was sealed with key {name}, which a newer key had replaced before")
+        self._oldest_allowed = min(age, self._oldest_allowed)
+        if key is None:
+            self._unknown[name] += 1
+        elif not hmac.compare_digest(seal_of(key, self.seal, document, int(seq)).encode(), seal.encode()):
+            which = f"{document['_id']}, {document.get('action')}"
+            self._problems.append(f"entry {seq} ({which}) was changed, or the one before it")
+        if self._expect and self._expect[0] == seq and self._expect[1] != seal:
+            self._problems.append(f"entry {seq} carries another seal than the one noted earlier")
+        self.seq, self.seal = seq, seal
+
+    def _compare(self, db: Db, document: Document, contents: dict[str, str | None]) -> None:
+        subject = document.get("subject")
+        mac = contents.get(str(subject), "")
+        if mac is None and db.audit.find_one({"subject": subject, "action": "response.erased"}, {"_id": 1}):
+            self.erased += 1
+        elif mac is not None and hmac.compare_digest(mac.encode(), str(document["mac"]).encode()):
+            self.checked += 1
+        else:
+            self._problems.append(f"the content of {subject} is not what entry {self.seq} recorded")
+
+
+def _contents(db: Db, subjects: list[Any]) -> dict[str, str | None]:
+    """What vouches for each subject's content as it is now: None where that was erased; nothing where it is gone."""
+    shown = {"answers": 1, "audit_key": 1, "erased": 1}
+    return {
+        one["_id"]: None if "erased" in one else content_mac(one.get("audit_key", b""), one.get("answers"))
+        for one in db.responses.find({"_id": {"$in": subjects}}, shown)
+    }
+
+
 def verify(db: Db, keys: KeyRing, expect: tuple[int, str] | None = None) -> Verification:
     """Walk the whole chain, and check each response's answers against the HMAC taken when they arrived.
 
     Args:
         expect: number and seal noted at an earlier time; finds a chain that was cut off and sealed anew.
     """
-    problems: list[str] = []
-    seq, previous, checked, erased = 0, GENESIS, 0, 0
-    unknown: Counter[str] = Counter()
-    oldest_allowed = len(keys)
-    for document in db.audit.find({"seq": {"$exists": True}}).sort("seq", 1):
-        seq += 1
-        if document["seq"] != seq:
-            problems.append(f"entry {seq} is missing: the chain goes on with {document['seq']}")
-            seq = document["seq"]
-        name = document.get("sealed_by", "")
-        key, age = keys.get(name)
-        if age > oldest_allowed:
-            problems.append(f"entry {seq} was sealed with key {name}, which a newer key had replaced before")
-        oldest_allowed = min(age, oldest_allowed)
-        if key is None:
-            unknown[name] += 1
-        elif not hmac.compare_digest(seal_of(key, previous, document, seq), document["seal"]):
-            problems.append(f"entry {seq} ({document['_id']}, {document['action']}) was changed, or the one before it")
-        previous = document["seal"]
-        if expect and expect[0] == seq and expect[1] != previous:
-            problems.append(f"entry {seq} carries another seal than the one noted earlier")
-        if "mac" in document:
-            verdict = _content_holds(db, document)
-            checked += verdict is True
-            erased += verdict is None
-            if verdict is False:
-                problems.append(f"the content of {document['subject']} is not what entry {seq} recorded")
-    if expect and expect[0] > seq:
-        problems.append(f"the chain ends at {seq}, but {expect[0]} was noted earlier: its tail was cut off")
-    problems += [
-        f"{count} entries were sealed with key {name}, which is not among QUERN_AUDIT_KEY: put it back, last"
-        for name, count in unknown.items()
-    ]
+    walk = Walk(keys, expect)
+    while walk.go_on(db):
+        pass
+    problems = walk.problems
+    if expect and expect[0] > walk.seq:
+        problems.append(f"the chain ends at {walk.seq}, but {expect[0]} was noted earlier: its tail was cut off")
     unsealed = db.audit.count_documents({"pending": True})
-    return Verification(seq, unsealed, previous, checked, erased, problems)
-
-
-def _content_holds(db: Db, document: Document) -> bool | None:
-    """True or False where the subject's key still exists, None where it was erased."""
-    subject = db.responses.find_one({"_id": document["subject"]}, {"answers": 1, "audit_key": 1, "erased": 1})
-    if subject is None:
-        return False
-    if "erased" in subject:
-        return None if db.audit.find_one({"subject": document["subject"], "action": "response.erased"}) else False
-    return hmac.compare_digest(content_mac(subject["audit_key"], subject["answers"]), document["mac"])
+    return Verification(walk.seq, unsealed, walk.seal, walk.checked, walk.erased, problems)

@@ -36,6 +36,15 @@ QUEUE_AGE = Gauge(
 )
 SEALED = Counter("quern_audit_sealed_total", "Audit entries chained")
 UNSEALED = Gauge("quern_audit_unsealed", "Audit entries not yet chained", multiprocess_mode="mostrecent")
+AUDIT_ENTRIES = Gauge("quern_audit_entries", "Audit entries chained, by the last one's number", multiprocess_mode="max")
+AUDIT_VERIFIED = Gauge(
+    "quern_audit_verified_timestamp_seconds", "When some of the audit log was last verified", multiprocess_mode="max"
+)
+AUDIT_PROBLEMS = Gauge(
+    "quern_audit_problems",
+    "What is wrong with the audit log, by the last whole round or the one under way",
+    multiprocess_mode="max",
+)
 
 
 def registry() -> CollectorRegistry:
