@@ -14,6 +14,15 @@ from tests.host.conftest import Place
 
 UNITS = ("prometheus", "prometheus-alertmanager", "prometheus-node-exporter", "prometheus-redis-exporter")
 PATIENCE_SECONDS = 300
+#: Changes the first entry of the audit log, as who has got hold of the database.
+_TAMPER = """
+systemd-creds decrypt --name=quern_mongodb_uri /etc/credstore.encrypted/quern-operator.quern_mongodb_uri - |
+python3 -c '
+import json, pymongo, sys
+database = pymongo.MongoClient(sys.stdin.read()).quern
+database.audit.update_one({"seq": 1}, json.loads(sys.argv[1]))
+' %s
+"""
 
 
 def query(host: Host, expression: str) -> list[dict[str, Any]]:
@@ -41,19 +50,53 @@ def test_both_instances_of_redis_and_mongodb_are_measured(host: Host) -> None:
     assert len(query(host, "quern_mongodb_connections{state='current'} > 0")) == 1
 
 
+def awaited(host: Host, expression: str) -> float:
+    """The value of the first series, once there is one."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := query(host, expression)):
+        assert time.monotonic() < deadline, f"expected Prometheus to find {expression}"
+        time.sleep(5)
+    return float(found[0]["value"][1])
+
+
 def test_the_certificates_end_is_known(host: Host) -> None:
     host.check_output("systemctl start quern-certificate-age")
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (found := query(host, "quern_certificate_end_timestamp_seconds - time()")):
-        assert time.monotonic() < deadline
-        time.sleep(5)
-    assert 300 * 86_400 < float(found[0]["value"][1]) < 400 * 86_400
+    assert 300 * 86_400 < awaited(host, "quern_certificate_end_timestamp_seconds - time()") < 400 * 86_400
+
+
+def test_a_tampered_audit_log_is_found_without_being_asked(host: Host, client: Client) -> None:
+    """By the scheduler, from its start on, and with what its own account may read."""
+    client.form("Audited")
+    awaited(host, "quern_audit_entries > 0")
+    try:
+        for change, found in ({"actor": "was"}, 1), ({"was": "actor"}, 0):
+            host.check_output(_TAMPER, json.dumps({"$rename": change}))
+            # Else its round may be over, and the next begin tomorrow.
+            host.check_output("systemctl restart quern-scheduler")
+            started = host.check_output("date +%s")
+            awaited(host, f"quern_audit_verified_timestamp_seconds >= {started} and quern_audit_problems == {found}")
+            assert host.run("quern audit verify").rc == found
+    finally:
+        host.check_output(_TAMPER, json.dumps({"$rename": {"was": "actor"}}))
+
+
+def test_files_that_change_are_counted(host: Host) -> None:
+    host.check_output("systemctl start quern-files")
+    host.check_output("cp -a /etc/issue.net /root/issue.net && echo changed >>/etc/issue.net")
+    host.check_output("systemctl start quern-files")
+    try:
+        awaited(host, "quern_files_changed == 1")
+        assert "/etc/issue.net" in host.check_output("journalctl --unit quern-files --priority warning -o cat -n 1")
+    finally:
+        host.check_output("mv /root/issue.net /etc/issue.net")
+    host.check_output("systemctl start quern-files && systemctl start quern-files")
+    awaited(host, "quern_files_changed == 0")
 
 
 def test_the_rules_of_the_alerts_are_loaded(host: Host) -> None:
     groups = json.loads(host.check_output("curl -sS --fail http://127.0.0.1:9090/api/v1/rules"))["data"]["groups"]
     names = {rule["name"] for group in groups for rule in group["rules"]}
-    assert {"DeadJobs", "OutboxesUnrelayed", "BackupOld", "CertificateEnds", "WarehouseDiffers"} <= names
+    assert {"DeadJobs", "OutboxesUnrelayed", "BackupOld", "CertificateEnds", "WarehouseDiffers", "AuditBroken"} <= names
     assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
 
 
