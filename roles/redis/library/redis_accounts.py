@@ -136,7 +136,8 @@ def set_live(path: str, passwords: list[str], found: list[str], wanted: list[str
                 instance.call("ACL", "SETUSER", name, "reset", *rules)
         names = {line.split()[1] for line in wanted}
         for line in found:
-            if line.split()[1] not in names:
+            # Whoever wrote into the file may have left anything there.
+            if line.startswith("user ") and line.split()[1] not in names:
                 instance.call("ACL", "DELUSER", line.split()[1])
     except (OSError, Refused):
         return False
