@@ -4,7 +4,7 @@
     python bench/etl.py rate --data /tmp/etl        # bare rate, the first run of the ETL, its memory, verification
     python bench/etl.py stages --data /tmp/etl      # where the processor's time of a run goes
     python bench/etl.py day  --data /tmp/etl        # one day more, and what it costs
-    python bench/etl.py api  --responses 100000     # p99 of the API, idle and while the ETL runs
+    python bench/etl.py api  --responses 300000     # p99 of the API, with the ETL stopped and running
 
 The bare peer reads every collection with `find()` and writes each with `pyarrow.Table.from_pylist` to one Parquet
 file, 5,000 documents at a time. The ETL's rate counts the same documents (responses, audit entries, jobs); it writes
@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -379,7 +380,11 @@ def run_day(arguments: argparse.Namespace) -> None:
 
 
 def run_api(arguments: argparse.Namespace) -> None:
-    """Latency of submissions, idle and while the ETL builds the warehouse anew, in turns."""
+    """Latency of submissions, with the ETL stopped (SIGSTOP) and while it builds the warehouse anew, in short turns.
+
+    A machine's disk and neighbours change from minute to minute: only turns that follow each other at once, and enough
+    requests of each kind together, tell what the ETL does from what they do.
+    """
     with temporary_stack(with_engine=False) as stack, tempfile.TemporaryDirectory() as folder:
         data, uri = Path(folder), stack.mongod.uri
         with MongoClient[Document](uri, tz_aware=True) as client:
@@ -390,29 +395,56 @@ def run_api(arguments: argparse.Namespace) -> None:
                 pass
         caller = _Caller(House(stack))
         caller.measure(5)
-        for turn in range(arguments.turns):
-            idle = caller.measure(arguments.seconds)
-            command = [sys.executable, "-m", "quern.cli.main", "etl", "rebuild", "--json"]
-            # As the worker starts it: see `analytics.handler`.
-            child = subprocess.Popen(
-                ["nice", "-n", "10", *command],
-                env=_environment(uri, data),
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            with suppress(OSError):
-                Path(f"/proc/{child.pid}/autogroup").write_text("10")
-            time.sleep(3)
-            busy = caller.measure(arguments.seconds)
-            running = child.poll() is None
-            child.terminate()
+        idle: list[float] = []
+        busy: list[float] = []
+        child = _rebuild(uri, data)
+        try:
+            for turn in range(arguments.turns):
+                os.killpg(child.pid, signal.SIGSTOP)
+                time.sleep(_SETTLE)
+                idle += caller.measure(arguments.seconds)
+                if child.poll() is not None:
+                    child = _rebuild(uri, data)
+                os.killpg(child.pid, signal.SIGCONT)
+                time.sleep(_SETTLE)
+                found = caller.measure(arguments.seconds)
+                if child.poll() is None:
+                    busy += found
+                else:
+                    print(f"turn {turn}: the ETL ended during it; not counted", flush=True)
+                    child = _rebuild(uri, data)
+                if turn % 10 == 9 or turn == arguments.turns - 1:
+                    _compare(turn + 1, idle, busy)
+        finally:
+            # Also where it is stopped.
+            os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            print(
-                f"turn {turn}: p50/p99 idle {idle[0]:.1f}/{idle[1]:.1f} ms, "
-                f"while the ETL runs {busy[0]:.1f}/{busy[1]:.1f} ms, "
-                f"ratio of p99 {busy[1] / idle[1]:.2f}; the ETL outlasted the measurement: {running}",
-                flush=True,
-            )
+
+
+#: Seconds after the ETL is stopped or goes on.
+_SETTLE = 0.5
+
+
+def _rebuild(uri: str, data: Path) -> "subprocess.Popen[bytes]":
+    """`quern etl rebuild` as the worker starts it (see `analytics.handler`), at work already."""
+    child = subprocess.Popen(
+        ["nice", "-n", "10", sys.executable, "-m", "quern.cli.main", "etl", "rebuild", "--json"],
+        env=_environment(uri, data),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with suppress(OSError):
+        Path(f"/proc/{child.pid}/autogroup").write_text("10")
+    os.sched_setaffinity(child.pid, sorted(os.sched_getaffinity(0))[-1:])
+    time.sleep(3)
+    return child
+
+
+def _compare(turns: int, idle: list[float], busy: list[float]) -> None:
+    print(f"{turns} turns, {len(idle)} requests with the ETL stopped, {len(busy)} while it runs:")
+    for share in (50, 90, 95, 99):
+        one, other = (statistics.quantiles(times, n=100)[share - 1] for times in (idle, busy))
+        print(f"  p{share} {one:.1f} ms, {other:.1f} ms: {other / one:.2f}", flush=True)
 
 
 class _Caller:
@@ -423,8 +455,8 @@ class _Caller:
         fields = [{"name": "comment", "type": "long_text"}]
         self._path = f"/forms/{self._client.form(fields)}/responses"
 
-    def measure(self, seconds: float, pace: float = 20.0) -> tuple[float, float]:
-        """p50 and p99 in milliseconds."""
+    def measure(self, seconds: float, pace: float = 20.0) -> list[float]:
+        """What each request took, in milliseconds."""
         times: list[float] = []
         due = time.monotonic()
         end = due + seconds
@@ -436,7 +468,7 @@ class _Caller:
             if answer.status != 202:
                 raise SystemExit(f"expected 202, found {answer.status}")
             due += 1 / pace
-        return statistics.median(times), statistics.quantiles(times, n=100)[98]
+        return times
 
 
 def main() -> None:
@@ -455,13 +487,13 @@ def main() -> None:
         command.add_argument("--responses", type=int, default=1_000_000)
         command.add_argument("--days", type=int, default=365)
         command.add_argument("--tenants", type=int, default=20)
-        command.add_argument("--seconds", type=float, default=500, help="of each measurement of the API")
+        command.add_argument("--seconds", type=float, default=4.0, help="of each measurement of the API")
         command.add_argument("--limit", type=int, default=100_000, help="responses for the bare peer")
         command.add_argument("--since", type=date.fromisoformat, help="only these days of what is stored")
         command.add_argument("--until", type=date.fromisoformat)
         command.add_argument("--tenant", help="only this one's")
         command.add_argument("--times", type=int, default=3)
-        command.add_argument("--turns", type=int, default=3)
+        command.add_argument("--turns", type=int, default=40)
     arguments = parser.parse_args()
     arguments.do(arguments)
 

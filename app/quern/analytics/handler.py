@@ -5,6 +5,7 @@ nothing that it does can stop the worker's heartbeat.
 """
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -83,8 +84,8 @@ def _child(command: str, context: Context) -> dict[str, Any]:
     Raises:
         RetryLater: it was busy, was stopped, or failed. Refused: its configuration is not usable.
     """
-    nice = context.store.settings.analytics.nice
-    first = ["nice", "-n", str(nice)] if nice else []
+    settings = context.store.settings.analytics
+    first = ["nice", "-n", str(settings.nice)] if settings.nice else []
     arguments = [*first, sys.executable, "-m", "quern.cli.main", "etl", command, "--json"]
     with subprocess.Popen(
         arguments,
@@ -95,7 +96,10 @@ def _child(command: str, context: Context) -> dict[str, Any]:
     ) as child:
         with suppress(OSError):
             # Where the kernel shares the processor between sessions, niceness counts only within one.
-            Path(f"/proc/{child.pid}/autogroup").write_text(str(context.store.settings.analytics.nice))
+            Path(f"/proc/{child.pid}/autogroup").write_text(str(settings.nice))
+        with suppress(OSError):
+            # It has several threads, and those who wait for an answer find a processor that is free.
+            os.sched_setaffinity(child.pid, sorted(os.sched_getaffinity(0))[-settings.processors :])
         while True:
             try:
                 out, error = child.communicate(timeout=_POLL)

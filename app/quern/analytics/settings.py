@@ -41,6 +41,9 @@ class AnalyticsSettings(BaseModel):
     threads: int = Field(1, ge=1, le=64, description="of DuckDB in the ETL")
     service: ServiceSettings = ServiceSettings()
     nice: int = Field(10, ge=0, le=19, description="the ETL gives way to everything else on the machine")
+    processors: int = Field(
+        1, ge=1, le=1024, description="that the worker's ETL may use at once; others stay free of it"
+    )
 
     @model_validator(mode="after")
     def _folders_differ(self) -> AnalyticsSettings:

@@ -80,18 +80,24 @@ def test_the_nightly_job_fills_the_warehouse(desk: Desk, configured: Settings) -
     assert shown == pytest.approx(desk.manifest.freshness.timestamp() if desk.manifest.freshness else 0)
 
 
-@pytest.mark.parametrize("nice", [0, 3])
+@pytest.mark.parametrize(("nice", "processors"), [(0, 1), (3, 2)])
 def test_the_run_gives_way_as_the_settings_say(
-    configured: Settings, nice: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configured: Settings, nice: int, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    analytics = configured.analytics.model_copy(update={"nice": nice})
+    analytics = configured.analytics.model_copy(update={"nice": nice, "processors": processors})
     store = Store(LiveSettings(configured.model_copy(update={"analytics": analytics})))
-    # In the place of Python: says how nice it is.
+    # In the place of Python: says how nice it is, and how many processors it may use once its parent has said so.
+    may_use = min(processors, len(os.sched_getaffinity(0)))
     says = tmp_path / "says"
-    says.write_text('#!/bin/sh\necho "{\\"nice\\": $(nice)}"\n')
+    says.write_text(
+        "#!/bin/sh\n"
+        f'tries=600; while [ "$(nproc)" != {may_use} ] && [ $tries -gt 0 ]; do tries=$((tries - 1)); sleep 0.1; done\n'
+        'echo "{\\"nice\\": $(nice), \\"processors\\": $(nproc)}"\n'
+    )
     says.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(says))
-    assert handler._child("run", Context(store)) == {"nice": min(19, os.nice(0) + nice)}
+    found = handler._child("run", Context(store))
+    assert found == {"nice": min(19, os.nice(0) + nice), "processors": may_use}
 
 
 def test_a_stopping_worker_stops_the_run(desk: Desk, configured: Settings) -> None:
