@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import orjson
+from pymongo.read_concern import ReadConcern
 
 from quern.analytics import integrity
 from quern.analytics.etl import Etl, Range, Report
-from quern.analytics.manifest import Manifest
+from quern.analytics.manifest import NAME, Manifest
 from quern.analytics.settings import AnalyticsSettings
 from quern.audit.entry import content_key, entry
 from quern.forms import form as forms
@@ -147,6 +149,20 @@ class Desk:
     @property
     def manifest(self) -> Manifest:
         return Manifest.load(self.root / "warehouse")
+
+    def go_on_from(self, token: dict[str, Any]) -> None:
+        """Set the stored resume token, as a crash between two writes would."""
+        path = self.root / "warehouse" / NAME
+        raw = orjson.loads(path.read_bytes())
+        raw["source"]["token"] = token
+        path.write_bytes(orjson.dumps(raw))
+
+    def lose_the_token(self) -> None:
+        """Make the stored token that of an event of 1970: the oplog has no such event any more."""
+        with self.db.with_options(read_concern=ReadConcern("majority")).watch() as stream:
+            self.submit(clock.now(), {"code": "d"})
+            data = stream.next()["_id"]["_data"]
+        self.go_on_from({"_data": f"{data[:2]}0000000100000001{data[18:]}"})
 
     def rows(self, table: str, where: str = "true") -> list[dict[str, Any]]:
         """This tenant's rows of a table, from the published warehouse, read by DuckDB."""

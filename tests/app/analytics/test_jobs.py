@@ -3,9 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import orjson
 import pytest
-from pymongo.read_concern import ReadConcern
 
 from quern.analytics import integrity
 from quern.analytics.answer import Warehouse
@@ -13,7 +11,6 @@ from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.etl import MismatchError
 from quern.analytics.flatten import job_rows
 from quern.analytics.follow import head
-from quern.analytics.manifest import NAME
 from quern.analytics.question import Question
 from quern.audit.entry import entry
 from quern.jobs import queue, turns
@@ -34,13 +31,6 @@ def _put(desk: Desk, job: NewJob, created: datetime | None = None) -> str:
     if created is not None:
         desk.db.jobs.update_one({"_id": job.id}, {"$set": {"created": created}})
     return job.id
-
-
-def _with_token(desk: Desk, token: dict[str, Any]) -> None:
-    path = desk.root / "warehouse" / NAME
-    raw = orjson.loads(path.read_bytes())
-    raw["source"]["token"] = token
-    path.write_bytes(orjson.dumps(raw))
 
 
 def _claim(desk: Desk, name: Queue) -> Job:
@@ -196,7 +186,7 @@ def test_a_job_without_a_response_that_is_lost_is_noticed(desk: Desk) -> None:
     desk.run()
     lost = _put(desk, _ask(desk), moment(DAY))
     # Behind the ETL's back, as if the stream had not told of it.
-    _with_token(desk, head(desk.db))
+    desk.go_on_from(head(desk.db))
     (finding,) = integrity.verify(desk.db, desk.manifest).findings
     assert f"job {lost} is missing in the warehouse" in finding.problems
 
@@ -221,11 +211,7 @@ def test_after_a_lost_token_jobs_that_were_made_or_replayed_since_are_found(desk
     _end(store, _claim(desk, Queue.WEBHOOKS))
     chat = _put(desk, _ask(desk), datetime.now(UTC) - timedelta(days=1))
     desk.db.audit.insert_one(entry(desk.tenant, "operator", "job.replayed", again))
-    with desk.db.with_options(read_concern=ReadConcern("majority")).watch() as stream:
-        desk.submit(clock.now(), {"code": "d"})
-        data = stream.next()["_id"]["_data"]
-    # The moment in the event's token becomes 1970: the oplog has no such event any more.
-    _with_token(desk, {"_data": f"{data[:2]}0000000100000001{data[18:]}"})
+    desk.lose_the_token()
     report = desk.run()
     assert any("rewritten instead" in line for line in report.said)
     assert _row(desk, again)["state"] == "done"
