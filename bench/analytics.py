@@ -269,6 +269,8 @@ def main() -> None:
         if server.pid is None:
             raise SystemExit("expected a running mongod, found that it has ended")
         asked = [case for case in cases(tenant) if not chosen.only or case.name in chosen.only]
+        if chosen.explain is not None:
+            chosen.explain.mkdir(parents=True, exist_ok=True)
         compare(warehouse, db, server.pid, tenant, chosen.times, chosen.explain, asked)
     engine.close()
 
