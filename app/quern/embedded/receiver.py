@@ -174,14 +174,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = bytearray()
+            size = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(size)
+            if len(body) < size:
+                # Its sender was killed in the middle of it: no request arrived.
+                raise ConnectionResetError(f"expected {size} bytes, found {len(body)}")
+            return body
+        chunks = bytearray()
         while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
+            chunks += self.rfile.read(size)
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
-        return bytes(body)
+        return bytes(chunks)
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay silent: the record is the log."""
