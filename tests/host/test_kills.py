@@ -17,6 +17,12 @@ from tests.host.client import Client
 PATIENCE_SECONDS = 300
 #: Far longer than a kill takes to follow.
 SLOW_SECONDS = 60.0
+_AS_RELAY = """
+url=$(systemd-creds decrypt --name=quern_redis_queue_url /etc/credstore.encrypted/quern-relay.quern_redis_queue_url -)
+password=${url#*://*:}
+export REDISCLI_AUTH="${password%%@*}"
+printf '%s\\n' "$@" | redis-cli -s /run/redis-queue/redis.sock --user quern-relay
+"""
 
 
 def submit(client: Client, form: str, number: int) -> str:
@@ -147,3 +153,20 @@ def test_what_was_accepted_while_its_server_is_killed_is_there(
         accepted += [one.result() for one in waiting[1:]]
     for response in accepted:
         ends_well(client, receiver, response)
+
+
+def as_relay(host: Host, *commands: str) -> list[str]:
+    """What the queues' Redis answers to the relay's account."""
+    return host.run("sh -c %s relay" + " %s" * len(commands), _AS_RELAY, *commands).stdout.splitlines()
+
+
+def test_a_killed_redis_still_knows_what_it_took_in_one_transaction(host: Host) -> None:
+    assert as_relay(host, "MULTI", "LPUSH huey.kills one", "LPUSH huey.kills two", "EXEC")[-2:] == ["1", "2"]
+    # The log is flushed each second; what the kernel has outlives the process.
+    kill(host, "redis@queue")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while as_relay(host, "PING") != ["PONG"]:
+        assert time.monotonic() < deadline, "expected the queues' Redis to answer again"
+        time.sleep(0.5)
+    assert as_relay(host, "LRANGE huey.kills 0 -1") == ["two", "one"]
+    as_relay(host, "DEL huey.kills")

@@ -58,6 +58,9 @@ live:
 """
 
 ADMIN = "quern-admin"
+#: Off, without a password: nobody is it. Yet the log is replayed in its name at a start, and of that Redis asks the
+#: rules at each EXEC (src/multi.c): forbidden anything, the account would lose every transaction of the log.
+DEFAULT = "user default off resetpass allkeys allchannels +@all"
 
 
 class Refused(Exception):
@@ -80,7 +83,7 @@ def previous_digests(lines: list[str], account: str) -> list[str]:
 
 def lines_wanted(params: dict[str, Any], found: list[str]) -> list[str]:
     """The lines of the file."""
-    lines = ["user default off resetpass resetkeys resetchannels -@all"]
+    lines = [DEFAULT]
     for account in params["accounts"]:
         credential = account.get("credential", "quern_redis_queue_url")
         secret = passwords_of(params["credentials"], account["name"], credential)[0]
