@@ -157,7 +157,8 @@ def test_what_was_accepted_while_its_server_is_killed_is_there(
 
 def as_relay(host: Host, *commands: str) -> list[str]:
     """What the queues' Redis answers to the relay's account."""
-    return host.run("sh -c %s relay" + " %s" * len(commands), _AS_RELAY, *commands).stdout.splitlines()
+    said: str = host.run("sh -c %s relay" + " %s" * len(commands), _AS_RELAY, *commands).stdout
+    return said.splitlines()
 
 
 def test_a_killed_redis_still_knows_what_it_took_in_one_transaction(host: Host) -> None:

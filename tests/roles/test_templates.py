@@ -12,6 +12,7 @@ import yaml
 from quern.embedded.cache import cache_root
 from tests.roles.conftest import Judge
 from tests.roles.rendering import ROOT, text_of, variables
+from tests.waf.arrangement import arrange, role_values
 
 #: A mount or network namespace of one's own, for root and for others.
 _OWN = ["unshare"] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
@@ -70,6 +71,7 @@ def test_nginx_accepts_its_configuration(host: Path, programs: Path, judge: Judg
     subprocess.run(made, check=True, capture_output=True)
     for path in [host / "etc/nginx/nginx.conf", *(host / "etc/nginx/modsecurity").glob("*.conf")]:
         path.write_text(moved(path.read_text(), host, programs))
+    arrange(host / "etc/nginx/modsecurity", programs, role_values())
     shutil.copy(programs / "etc/nginx/mime.types", host / "etc/nginx/mime.types")
     configuration = host / "etc/nginx/nginx.conf"
     judge("usr/sbin/nginx", "-q", "-t", "-e", "stderr", "-c", configuration, before=[*_OWN, "--net"])

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from quern.embedded.certificate import ServerCertificate, issue_certificate
 from quern.embedded.ports import free_port
 from quern.embedded.process import ChildProcess
 from quern.observe.nginxlog import Finding, finding_of
+from tests.waf.arrangement import ROLE, arrange, role_values
 from tests.waf.debian import unpacked
 
-ROLE = Path(__file__).resolve().parents[2] / "roles" / "nginx"
 PACKAGES = (
     *("nginx", "libnginx-mod-http-modsecurity", "libmodsecurity3", "modsecurity-crs"),
     # What the engine is linked with, and a machine without it may lack.
@@ -29,8 +28,8 @@ CONFIGURATION = (
     "engine.conf",
     "setup.conf",
     "exclusions.conf",
+    "screens.conf",
     "own.conf",
-    "retractions.conf",
     "letters.map",
 )
 
@@ -85,13 +84,11 @@ class FrontDoor(ChildProcess):
             "/var/cache/nginx/": f"{directory}/cache/",
             "/var/log/nginx/": f"{directory}/log/",
             "/etc/nginx/modsecurity/": f"{directory}/modsecurity/",
-            "/usr/share/modsecurity-crs/": f"{root}/usr/share/modsecurity-crs/",
             "/usr/lib/nginx/modules/": f"{root}/usr/lib/nginx/modules/",
             "pid /": "daemon off; pid /",
             "include mime.types;": "",
         }
-        values = yaml.safe_load((ROLE / "defaults" / "main.yml").read_text())
-        values |= {"nginx_domain": "quern.test", **variables}
+        values = {**role_values(), "nginx_domain": "quern.test", **variables}
         templates = _environment()
 
         def render(path: str, target: Path) -> None:
@@ -102,6 +99,7 @@ class FrontDoor(ChildProcess):
 
         for name in CONFIGURATION:
             render(f"etc/nginx/modsecurity/{name}", directory / "modsecurity" / name)
+        arrange(directory / "modsecurity", root, values)
         configuration = directory / "nginx.conf"
         render("etc/nginx/nginx.conf", configuration)
         if os.geteuid() == 0:

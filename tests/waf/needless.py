@@ -27,7 +27,7 @@ Raw = tuple[int, bool]
 #: Raw, whether the transformed character before was one of a word, and what a boundary in the rule wants of the next.
 State = tuple[int, bool, bool, bool | None]
 
-#: What no request has that comes so far: bodies are JSON, and names are taken from the rules by retractions.conf.
+#: What no request has that comes so far: bodies are JSON, and names are taken from the rules as these are arranged.
 ABSENT = frozenset({"ARGS_NAMES", "ARGS_GET_NAMES", "XML:/*", "XML://@*", "FILES", "FILES_NAMES"})
 _PART_OF = {"ARGS_GET": "ARGS", "MATCHED_VAR": "MATCHED", "MATCHED_VARS": "MATCHED"}
 _ALL = frozenset(map(chr, range(256)))
@@ -54,11 +54,16 @@ class Screen:
 
 def rules_of(path: Path) -> list[list[Any]]:
     """The file's rules of levels 1 and 2, each with those that are chained to it."""
+    return list(_chains(parsed(path)))
+
+
+def parsed(path: Path) -> list[Any]:
+    """The file's directives."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parser = msc_pyparser.MSCParser()
         parser.parser.parse(path.read_text())
-    return list(_chains(parser.configlines))
+    return list(parser.configlines)
 
 
 def number(chain: Sequence[Any]) -> int:
@@ -126,7 +131,7 @@ def _chains(lines: Iterable[Any]) -> Iterator[list[Any]]:
         if not actions(line, "chain"):
             if actions(line, "skipAfter") and line["operator_argument"] == "3":
                 return
-            if not actions(line, "skipAfter") or actions(line, "skipAfter")[0] == "END-CALM":
+            if not actions(line, "skipAfter") or actions(line, "skipAfter")[0] in {"NOT-CALM", "NOT-PLAIN"}:
                 yield chain
             chain = []
 

@@ -13,48 +13,41 @@ from hypothesis.errors import InvalidArgument, NoSuchExample, Unsatisfiable
 
 from tests.waf import attacks
 from tests.waf.conftest import Send
-from tests.waf.debian import unpacked
-from tests.waf.front_door import PACKAGES, FrontDoor
+from tests.waf.front_door import FrontDoor
 from tests.waf.needless import Screen, may_match, needless, number, rules_of, screen_of
 
-RULES = "usr/share/modsecurity-crs/rules"
 PATH = "/api/v1/forms/frm_0123456789ABCDEFGHJKMNPQRS/responses"
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,")
 
 
-def files(front_door: FrontDoor) -> list[Path]:
-    """The rules that are in use."""
-    included = unpacked("front-door", PACKAGES) / RULES
-    return [*sorted(included.glob("REQUEST-9[2-4]*.conf")), front_door.directory / "modsecurity" / "own.conf"]
+def group(front_door: FrontDoor, name: str) -> Path:
+    return front_door.directory / f"modsecurity/rules/{name}.conf"
 
 
-def configured(front_door: FrontDoor, listing: int, screening: Iterable[int]) -> tuple[list[Screen], set[int]]:
-    """The screens, and the rules that are not tried on what passes them."""
-    path = front_door.directory / "modsecurity" / "exclusions.conf"
-    screens = [screen_of(chain[0]) for chain in rules_of(path) if number(chain) in set(screening)]
-    skipping = re.search(rf'"id:{listing},[^"]*"', path.read_text())
-    assert skipping
-    # A range names whatever rule is in it, of any level.
-    text = "".join(file.read_text() for file in files(front_door))
-    rules = {int(one) for one in re.findall(r"\bid:(\d+)", text)}
-    ends = [(int(one), int(last or one)) for one, last in re.findall(r"RemoveById=(\d+)(?:-(\d+))?", skipping[0])]
-    assert {end for pair in ends for end in pair} <= rules
-    return screens, {one for one in rules if any(first <= one <= last for first, last in ends)}
+def passed_over(front_door: FrontDoor) -> list[Path]:
+    return [group(front_door, name) for name in ("plain", "calm")]
+
+
+def screens_of(front_door: FrontDoor, numbers: Iterable[int]) -> list[Screen]:
+    path = front_door.directory / "modsecurity/screens.conf"
+    return [screen_of(chain[0]) for chain in rules_of(path) if number(chain) in set(numbers)]
 
 
 def plain(front_door: FrontDoor) -> tuple[list[Screen], set[int]]:
-    return configured(front_door, 10701, {10700})
+    """The screens, and the rules that are not tried on what passes them."""
+    return screens_of(front_door, {10700}), {number(chain) for chain in rules_of(group(front_door, "plain"))}
 
 
 def calm(front_door: FrontDoor) -> tuple[list[Screen], set[int]]:
-    return configured(front_door, 10709, range(10702, 10709))
+    rules = {number(chain) for path in passed_over(front_door) for chain in rules_of(path)}
+    return screens_of(front_door, range(10702, 10709)), rules
 
 
 def test_a_rule_that_plain_values_skip_can_match_none_of_them(front_door: FrontDoor) -> None:
     screens, skipped = plain(front_door)
     assert len(screens[0].characters) > 60
     assert len(skipped) > 20
-    assert skipped - needless(files(front_door), screens, skipped) == set()
+    assert skipped - needless(passed_over(front_door), screens, skipped) == set()
 
 
 @pytest.mark.parametrize("family", ["10", "92", "930", "931", "932", "933", "941", "942", "943", "944"])
@@ -63,7 +56,7 @@ def test_a_rule_that_calm_requests_skip_can_match_none_of_them(front_door: Front
     assert len(screens) == 7
     listed = {one for one in skipped if str(one).startswith(family)}
     assert listed
-    assert listed - needless(files(front_door), screens, listed) == set()
+    assert listed - needless(passed_over(front_door), screens, listed) == set()
 
 
 def test_a_command_needs_what_the_short_expression_finds(front_door: FrontDoor) -> None:
@@ -80,14 +73,14 @@ def test_a_command_needs_what_the_short_expression_finds(front_door: FrontDoor) 
 def test_the_proof_fails_for_characters_that_rules_look_for(front_door: FrontDoor, more: str) -> None:
     (screen,), skipped = plain(front_door)
     wider = replace(screen, characters=screen.characters | {more})
-    assert skipped - needless(files(front_door), [wider], skipped) != set()
+    assert skipped - needless(passed_over(front_door), [wider], skipped) != set()
 
 
 @pytest.mark.parametrize("rule", [942270, 942390, 933150, 944110, 942140, 941180])
 def test_the_proof_fails_without_the_words(front_door: FrontDoor, rule: int) -> None:
     screens, skipped = calm(front_door)
     assert rule in skipped
-    assert needless(files(front_door), [replace(screen, patterns=()) for screen in screens], {rule}) == set()
+    assert needless(passed_over(front_door), [replace(screen, patterns=()) for screen in screens], {rule}) == set()
 
 
 @pytest.mark.parametrize("unseen", range(7))
@@ -95,14 +88,14 @@ def test_the_proof_fails_without_any_of_the_screens(front_door: FrontDoor, unsee
     screens, _ = calm(front_door)
     rule = {0: 930100, 1: 932170, 2: 941120, 3: 931110, 4: 944200, 5: 933150, 6: 942150}[unseen]
     rest = [screen for place, screen in enumerate(screens) if place != unseen]
-    assert needless(files(front_door), screens, {rule}) == {rule}
-    assert needless(files(front_door), rest, {rule}) == set()
+    assert needless(passed_over(front_door), screens, {rule}) == {rule}
+    assert needless(passed_over(front_door), rest, {rule}) == set()
 
 
 def test_what_is_made_to_match_a_rule_is_held_by_a_screen(front_door: FrontDoor) -> None:
     """The other way round: texts that match each rule, of nothing but the characters of calm values."""
     screens, skipped = calm(front_door)
-    path = front_door.directory / "modsecurity" / "exclusions.conf"
+    path = front_door.directory / "modsecurity/screens.conf"
     (values,) = [chain[0] for chain in rules_of(path) if number(chain) == 10707]
     (words,) = [chain[0]["operator_argument"].split() for chain in rules_of(path) if number(chain) == 10706]
     (java,) = [chain[0]["operator_argument"].split() for chain in rules_of(path) if number(chain) == 10705]
@@ -111,7 +104,7 @@ def test_what_is_made_to_match_a_rule_is_held_by_a_screen(front_door: FrontDoor)
     # Blanks that a transformation would join, and letters that it would change, are left to the proof.
     alphabet = st.sampled_from(sorted(one for one in screens[6].characters if one.isascii() and one.isprintable()))
     tried = set()
-    for chain in (chain for file in files(front_door) for chain in rules_of(file) if number(chain) in skipped):
+    for chain in (chain for file in passed_over(front_door) for chain in rules_of(file) if number(chain) in skipped):
         rule = chain[0]
         if rule["operator"] != "@rx" or len(chain) > 1 or "ARGS" not in {one["variable"] for one in rule["variables"]}:
             continue
@@ -254,6 +247,21 @@ def test_an_attack_in_one_value_is_found_among_plain_ones(send: Send) -> None:
 def test_an_attack_in_a_header_is_found_beside_plain_values(send: Send) -> None:
     headers = {"User-Agent": "<script>alert(1)</script>"}
     assert send(attacks.request("GET", PATH, headers=headers)) == (403, False)
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        attacks.request("GET", f"{PATH}?q=1%20union%20select%202"),
+        attacks.request("GET", PATH, headers={"Cookie": "a=1 union select 2"}),
+        attacks.request("GET", PATH, headers={"Cookie": "a=<script>alert(1)</script>"}),
+        attacks.request("GET", PATH, headers={"Cookie": "a=;cat /etc/passwd"}),
+        attacks.request("POST", PATH, headers={"Cookie": "a=;cat /etc/passwd"}, body=b'{"answers": {"comment": "x"}}'),
+        attacks.request("DELETE", PATH, body=b'{"a": "1 union select 2"}'),
+    ],
+)
+def test_an_attack_is_found_wherever_a_request_has_values(send: Send, request_of: bytes) -> None:
+    assert send(request_of) == (403, False)
 
 
 @pytest.mark.parametrize("name", ["x'; drop table responses--", "<script>", "a/*b", "x;id|nc", "../../etc/passwd"])
