@@ -34,7 +34,7 @@ def arrange(folder: Path, packages: Path, values: Mapping[str, Any]) -> None:
     """Write the groups of rules, as library/waf_rules.py does."""
     rules = packages / values["nginx_waf_folder"].lstrip("/")
     texts = {name: (rules / name).read_text() for name in values["nginx_waf_files"]}
-    lists = {name: values[f"nginx_waf_{name}"] for name in ("left_out", "calm", "plain", "prose", "proven")}
+    lists = {name: values[f"nginx_waf_{name}"] for name in ("left_out", "calm", "plain", "prose", "seldom", "proven")}
     blocking = values["nginx_waf_blocking_paranoia"]
     selection = core_rule_set().Selection(
         level=max(blocking, values["nginx_waf_detecting_paranoia"]), blocking=blocking, **lists

@@ -36,7 +36,15 @@ SecMarker END-REQUEST-911-X
 
 
 def selected(**changes: Any) -> Any:
-    values: dict[str, Any] = {"level": 2, "blocking": 1, "left_out": [], "calm": [], "plain": [], "prose": []}
+    values: dict[str, Any] = {
+        "level": 2,
+        "blocking": 1,
+        "left_out": [],
+        "calm": [],
+        "plain": [],
+        "prose": [],
+        "seldom": [],
+    }
     return core_rule_set().Selection(**{**values, "proven": core_rule_set().digest([RULES]), **changes})
 
 
@@ -50,6 +58,17 @@ def test_a_rule_lies_where_what_it_looks_at_says() -> None:
     assert arranged(RULES, prose=["911200"])["prose"] == [911200]
     assert arranged(RULES, level=3)["values"][-1] == 911300
     assert arranged(RULES, left_out=["911100-911101"])["values"] == [10001, 911200]
+
+
+def test_what_looks_at_a_seldom_header_only_lies_apart() -> None:
+    text = """
+SecRule REQUEST_HEADERS:Range|REQUEST_HEADERS:Referer "@rx x" "id:911100,phase:2,pass"
+SecRule REQUEST_HEADERS:Range|REQUEST_HEADERS:Host "@rx x" "id:911101,phase:2,pass"
+SecRule &REQUEST_HEADERS:Range "@eq 0" "id:911102,phase:2,pass"
+SecRule REQUEST_HEADERS:Range "@rx x" "id:911103,phase:1,pass"
+"""
+    groups = arranged(text, seldom=["Range", "Referer"])
+    assert groups == {"always": [10002, 911101, 911102], "values": [10001], "opening": [911103], "seldom": [911100]}
 
 
 def test_what_was_proved_needless_is_passed_over_for_the_rules_it_was_proved_of_only() -> None:
@@ -134,7 +153,9 @@ def test_every_rule_of_the_rule_set_is_in_force_once_and_as_it_was(front_door: F
         .Selection(
             level=2,
             blocking=1,
-            **{name: values[f"nginx_waf_{name}"] for name in ("left_out", "calm", "plain", "prose", "proven")},
+            **{
+                name: values[f"nginx_waf_{name}"] for name in ("left_out", "calm", "plain", "prose", "seldom", "proven")
+            },
         )
         .names
     )

@@ -61,6 +61,11 @@ options:
     type: list
     elements: str
     required: true
+  seldom:
+    description: headers that a request without a body has seldom
+    type: list
+    elements: str
+    required: true
   proven:
     description: digest of the rules of which that was proved
     type: str
@@ -83,7 +88,7 @@ def main() -> None:
             "path": folders,
             "level": numbers,
             "blocking": numbers,
-            **dict.fromkeys(("left_out", "calm", "plain", "prose"), lists),
+            **dict.fromkeys(("left_out", "calm", "plain", "prose", "seldom"), lists),
             "proven": {"type": "str", "required": True},
         },
         supports_check_mode=True,
@@ -93,10 +98,11 @@ def main() -> None:
     if module.check_mode and not (rules.is_dir() and own.exists()):
         # A dry run has installed and written nothing.
         module.exit_json(changed=True)
-    chosen = {name: params[name] for name in ("level", "blocking", "left_out", "calm", "plain", "prose", "proven")}
+    read = ("rules", "files", "own", "path")
+    selection = Selection(**{name: value for name, value in params.items() if name not in read})
     try:
         texts = {name: (rules / name).read_text() for name in params["files"]}
-        groups = arranged(own.read_text(), texts, str(rules), Selection(**chosen))
+        groups = arranged(own.read_text(), texts, str(rules), selection)
     except (OSError, ValueError) as error:
         module.fail_json(msg=f"{rules}: {error}; expected the rules of Debian's modsecurity-crs (docs/waf.md)")
     changed = False

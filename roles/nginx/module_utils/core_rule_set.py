@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 #: In the order of what reads them (templates/etc/nginx/modsecurity/main.conf.j2).
-GROUPS = ("first", "always", "plain", "calm", "prose", "values", "verdict")
+GROUPS = ("first", "opening", "always", "seldom", "plain", "calm", "prose", "values", "verdict")
 #: What a request without a query, cookies and a body has none of.
 _SENT = re.compile(
     r"[!&]?(?:ARGS|ARGS_GET|ARGS_NAMES|REQUEST_COOKIES|REQUEST_COOKIES_NAMES|REQUEST_BODY|XML)(?:[:].*)?"
@@ -30,7 +30,7 @@ class Selection:
     """What to do with which rules; each is named by its identifier or as a range (`941110-941300`).
 
     `level` is the highest whose rules are tried, `blocking` the highest that refuses; `proven` the digest of the rules
-    that `calm` and `plain` were proved of. Of other ones nothing is passed over.
+    that `calm` and `plain` were proved of. Of other ones nothing is passed over. `seldom` are names of headers.
     """
 
     level: int
@@ -39,6 +39,7 @@ class Selection:
     calm: list[str]
     plain: list[str]
     prose: list[str]
+    seldom: list[str]
     proven: str
     _expanded: dict[str, list[tuple[int, int]]] = field(default_factory=dict, init=False, repr=False)
 
@@ -126,11 +127,14 @@ def _tried(text: str, selection: Selection) -> Iterator[str]:
 
 def _group(rule: str, selection: Selection, proven: bool) -> str:
     number = identifier_of(rule)
+    seen = targets(rule)
+    seldom = bool(seen) and set(seen) <= {f"REQUEST_HEADERS:{name}" for name in selection.seldom}
     if "phase:1" in rule:
-        return "first"
+        return "opening" if seldom else "first"
     if proven and selection.names("calm", number):
         return "plain" if selection.names("plain", number) else "calm"
-    seen = targets(rule)
+    if seldom:
+        return "seldom"
     if seen and all(_SENT.fullmatch(target) for target in seen):
         return "prose" if selection.names("prose", number) else "values"
     return "always"
