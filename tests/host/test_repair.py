@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 from testinfra.host import Host
 
 from tests.host.client import Client
@@ -51,6 +52,7 @@ def mended(
     unforeseen = [change for change in done.changed if change not in foretold.changed]
     print(f"{len(done.changed)} changes; unforeseen: {unforeseen}")
     assert len(unforeseen) <= (1 - SHARE_FORETOLD) * len(done.changed), unforeseen
+    assert [change for change in foretold.changed if change not in done.changed] == []
     return done.changed
 
 
@@ -68,6 +70,7 @@ def test_the_next_run_mends_exactly_the_spoiled_files_and_the_service_serves(
     assert client.processed(response["id"], PATIENCE_SECONDS)["results"]["mood"]["label"]
 
 
+@pytest.mark.full
 def test_a_dry_run_foretells_how_the_systems_own_files_are_mended(host: Host, play: Callable[..., Played]) -> None:
     """By the roles that configure the system itself, most of which has a consequence."""
     # One role's scenario has no monitoring, so no account for its mail.
