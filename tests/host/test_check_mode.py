@@ -34,3 +34,9 @@ def test_a_second_run_changes_nothing(runs: list[dict[str, Any]]) -> None:
     second = runs[2]
     assert (second["check"], second["failed"]) == (False, 0)
     assert second["changed"] == []
+
+
+def test_a_dry_run_on_a_provisioned_host_foretells_nothing(runs: list[dict[str, Any]]) -> None:
+    last = runs[3]
+    assert (last["check"], last["failed"]) == (True, 0)
+    assert last["changed"] == []
