@@ -3,9 +3,11 @@
 Both are driven by `wrk` with the same requests; the front door is the role's (roles/nginx as tests/waf renders it, from
 Debian's packages). `--waf none` and `--waf detect` show what the firewall costs. As on a host, the API has two
 instances, and nginx goes before them; each turn has one wrk for each instance, so that a lucky distribution of
-connections does not decide. They listen on loopback, as wrk speaks no UNIX sockets; nginx reaches them there too. The
-processor time of a request, nginx's and that of all others but wrk, tells the ratio on a machine that does nothing
-else, however busy it is.
+connections does not decide. They listen on loopback, as wrk speaks no UNIX sockets; nginx reaches them there too.
+
+Clients are not on an appliance: wrk, which speaks TLS in one kind of turn and not in the other, has a processor of its
+own, and all else shares the others. `--beside` lets it compete with what it measures. The processor time of a request,
+nginx's and that of all others but wrk, tells the ratio on a machine that does nothing else, however busy it is.
 
 The relay takes up each response after its answer. A quick turn leaves it work, which a slow one does not: "sustained"
 divides the answers by the time until nothing was left.
@@ -62,8 +64,10 @@ function done(summary, latency)
 end"""
 
 
-def drive(urls: Sequence[str], key: str, body: str | None, clients: int, seconds: float, folder: Path) -> Figure:
-    """Load on `urls` at once, the clients shared out. Raises RuntimeError when any answer was not a 2xx."""
+def drive(
+    urls: Sequence[str], key: str, body: str | None, clients: int, seconds: float, folder: Path, processors: set[int]
+) -> Figure:
+    """Load on `urls` at once, the clients shared out, from `processors`. Raises RuntimeError for an answer not 2xx."""
     script = folder / "request.lua"
     headers = {"Authorization": f"Bearer {key}", "Host": "quern.test", "User-Agent": "bench/1", "Accept": "*/*"}
     lines = [f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()]
@@ -73,7 +77,10 @@ def drive(urls: Sequence[str], key: str, body: str | None, clients: int, seconds
     lines += [_SUMMARY]
     script.write_text("\n".join(lines) + "\n")
     shared = ["wrk", "-t1", "--timeout", "20s", f"-c{clients // len(urls)}", f"-d{seconds:.0f}s", "-s", str(script)]
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)  # Inherited by wrk and its threads.
     running = [subprocess.Popen([*shared, url], stdout=subprocess.PIPE, text=True) for url in urls]
+    os.sched_setaffinity(0, own)
     rate, tail = 0.0, 0.0
     for process in running:
         text = process.communicate()[0]
@@ -169,7 +176,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--waf", choices=["block", "detect", "none"], default="block")
     parser.add_argument("--workers", type=int, default=1, help="of each of the API's two instances")
+    parser.add_argument("--beside", action="store_true", help="wrk on the same processors as all else")
     arguments = parser.parse_args()
+    processors = os.sched_getaffinity(0)
+    clients_processors = processors if arguments.beside else {min(processors)}
+    if not arguments.beside:
+        if len(processors) < 2:
+            raise SystemExit("expected two processors, one of them for the clients, found one; run: with --beside")
+        os.sched_setaffinity(0, processors - clients_processors)
     if shutil.which("wrk") is None:
         raise SystemExit("expected wrk, found none; run: apt-get install wrk")
     ports, folder = (free_port(), free_port()), Path(tempfile.mkdtemp(prefix="bench-"))
@@ -201,7 +215,7 @@ def main() -> None:
                 for name, places in bases.items():
                     before, began = processor_seconds(), time.monotonic()
                     urls = [place + path for place in places]
-                    figure = drive(urls, key, body, arguments.clients, arguments.seconds, folder)
+                    figure = drive(urls, key, body, arguments.clients, arguments.seconds, folder, clients_processors)
                     settle(db)
                     until_settled[name] += time.monotonic() - began
                     for command, seconds in processor_seconds().items():
