@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from quern.embedded import demo
@@ -274,6 +275,22 @@ def test_http_2_is_spoken_with_who_offers_it_and_http_1_with_everybody_else(door
                 # The preface and empty SETTINGS (RFC 9113, section 3.4); the server's first frame is its own SETTINGS.
                 spoken.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
                 assert spoken.recv(9)[3] == 4
+
+
+@pytest.mark.parametrize("http_2", [True, False])
+def test_a_body_of_unsaid_length_is_inspected_like_any_other(
+    door: FrontDoor, first: type[Upstream], http_2: bool
+) -> None:
+    with httpx2.Client(http1=not http_2, http2=http_2, verify=door.certificate.client_context(), timeout=60) as client:
+        place, kind = f"https://127.0.0.1:{door.port}/api/v1/forms/f/responses", {"Content-Type": "application/json"}
+        passed, refused = (
+            client.post(place, content=iter([body]), headers={"Host": "quern.test", **kind})
+            for body in (HARMLESS, b'{"answers": {"comment": {"$ne": "0"}}}')
+        )
+    assert "content-length" not in passed.request.headers
+    assert passed.http_version == ("HTTP/2" if http_2 else "HTTP/1.1")
+    assert (passed.status_code, refused.status_code) == (200, 403)
+    assert len(first.seen) == 1
 
 
 def test_one_address_cannot_ask_without_end() -> None:
