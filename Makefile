@@ -66,7 +66,7 @@ test-host: setup ansible ## the whole site.yml on a blank Debian host in systemd
 test-host-full: setup ansible ## the same, then every operator verb: restore on a second host, air-gapped, rotations
 	@scripts/test-host full
 
-test-role: setup ansible ## one role on a blank host, with what it stands on: make test-role ROLE=redis (base, firewall, mongodb, redis, nginx)
+test-role: setup ansible ## one role on a blank host, with what it stands on: make test-role ROLE=redis (base, firewall, models, mongodb, nginx, redis, secrets)
 	@scripts/test-host role $(ROLE)
 
 test-vm-smoke: setup ansible ## a virtual machine boots, AppArmor enforces, a power cut loses nothing (root; minutes)
