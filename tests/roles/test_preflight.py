@@ -25,7 +25,6 @@ HOST: dict[str, Any] = {
     "architecture": "x86_64",
     "memtotal_mb": 3934,
     "processor_vcpus": 2,
-    "env": {"SSH_CLIENT": "192.0.2.7 50000 22"},
 }
 MAIL = {"host": "127.0.0.1", "from_address": "forms@example.org"}
 
@@ -126,7 +125,7 @@ def preflight(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pref
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "NO_COLOR": "1"}
     environment |= {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_LOCAL_TEMP": str(folder / "local")}
     # Operators live anywhere.
-    environment |= {"TZ": "Europe/Berlin"}
+    environment |= {"TZ": "Europe/Berlin", "SSH_CLIENT": "192.0.2.7 50000 22"}
     # Facts are gathered once: each run is told its own.
     environment |= {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts")}
     own = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
