@@ -2,12 +2,13 @@
 
 import json
 import os
+import shlex
 import shutil
 import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,36 @@ def host(place: Place) -> Host:
 
 def connect(place: Place, account: str = "admin") -> Host:
     """Commands run as root over SSH; `account` comes in, and is root itself where roles/base is not applied."""
-    # One connection for all commands: the host takes only so many new ones a minute.
-    shared = f"-o ControlMaster=auto -o ControlPersist=60 -o ControlPath={_SOCKETS.name}/%C"
-    options = f"-o UserKnownHostsFile={place.known_hosts} {shared}"
     # A starved machine takes longer than testinfra's ten seconds to let somebody in.
     where = f"ssh://{account}@{place.address}"
     return testinfra.get_host(
-        where, ssh_identity_file=str(place.key), ssh_extra_args=options, timeout=180, sudo=account != "root"
+        where,
+        ssh_identity_file=str(place.key),
+        ssh_extra_args=" ".join(options(place)),
+        timeout=180,
+        sudo=account != "root",
     )
+
+
+def options(place: Place) -> list[str]:
+    """How SSH comes in. One connection for all commands: the host takes only so many new ones a minute."""
+    named = {
+        "UserKnownHostsFile": place.known_hosts,
+        "ControlMaster": "auto",
+        "ControlPersist": 60,
+        "ControlPath": f"{_SOCKETS.name}/%C",
+    }
+    return [f"-o{name}={value}" for name, value in named.items()]
+
+
+def told(place: Place, command: Sequence[str], secret: str) -> str:
+    """What a command answers as root to a secret on its standard input: sudo writes arguments into the journal."""
+    come_in = ["ssh", "-oBatchMode=yes", "-i", str(place.key), *options(place), f"admin@{place.address}"]
+    said = subprocess.run(
+        [*come_in, shlex.join(["sudo", "-n", *command])], input=secret, capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    return said.stdout
 
 
 @pytest.fixture(scope="session")

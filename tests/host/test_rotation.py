@@ -10,7 +10,7 @@ import pytest
 from testinfra.host import Host
 
 from tests.host.client import Client
-from tests.host.conftest import Place, Played
+from tests.host.conftest import Place, Played, told
 from tests.host.load import Load
 
 pytestmark = pytest.mark.full
@@ -61,10 +61,10 @@ def logins(content: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def opened(host: Host, content: dict[str, str]) -> dict[str, bool]:
+def opened(place: Place, content: dict[str, str]) -> dict[str, bool]:
     """Which of them lets somebody in."""
     python = "/opt/quern/current/environment/bin/python"
-    return dict(json.loads(host.check_output("printf %%s %s | %s -c %s", json.dumps(logins(content)), python, _LOG_IN)))
+    return dict(json.loads(told(place, [python, "-c", _LOG_IN], json.dumps(logins(content)))))
 
 
 def test_secrets_are_rotated_without_a_failed_request(
@@ -83,8 +83,8 @@ def test_secrets_are_rotated_without_a_failed_request(
     assert load.failures == []
     print(f"{load.answered} answered, {load.repeated} repeated on a new connection")
 
-    assert opened(host, after) == dict.fromkeys(logins(after), True)
-    assert opened(host, before) == dict.fromkeys(logins(before), False)
+    assert opened(place, after) == dict.fromkeys(logins(after), True)
+    assert opened(place, before) == dict.fromkeys(logins(before), False)
     # What the former keys sealed is still open to those who may open it.
     assert before["quern.quern_secret_keys"] in after["quern.quern_secret_keys"]
     assert play("site.yml").changed == []
@@ -118,8 +118,8 @@ def test_an_interrupted_rotation_goes_on_without_a_failed_request(
             stopped = play("playbooks/rotate_secrets.yml", **kinds)
         introduced = {file: newest(secret(host, file)) for file in before}
         # Some processes use the new secrets by now, and others the former ones: both hold.
-        assert opened(host, introduced) == dict.fromkeys(logins(before), True)
-        assert opened(host, before) == dict.fromkeys(logins(before), True) | {"mongodb.admin": False}
+        assert opened(place, introduced) == dict.fromkeys(logins(before), True)
+        assert opened(place, before) == dict.fromkeys(logins(before), True) | {"mongodb.admin": False}
         # A start that fails once, as it may in a slice that was just being removed, is tried again.
         mark = f"{drop_ins('quern-scheduler')}/failed"
         once = f"test -e {mark} || {{ touch {mark}; exit 1; }}"
@@ -131,6 +131,6 @@ def test_an_interrupted_rotation_goes_on_without_a_failed_request(
     assert load.failures == []
     after = {file: secret(host, file) for file in before}
     assert after == introduced
-    assert opened(host, after) == dict.fromkeys(logins(after), True)
-    assert opened(host, before) == dict.fromkeys(logins(before), False)
+    assert opened(place, after) == dict.fromkeys(logins(after), True)
+    assert opened(place, before) == dict.fromkeys(logins(before), False)
     assert play("site.yml").changed == []
