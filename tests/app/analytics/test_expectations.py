@@ -8,7 +8,6 @@ from pathlib import Path
 
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -25,19 +24,23 @@ _LOCKED = sha256((ROOT / "requirements-expectations.txt").read_bytes()).hexdiges
 _ENVIRONMENT = ROOT / ".venv-expectations"
 
 
-def _exchange(desk: Desk) -> None:
-    """Two answers change places in the published file: every count, sum and hash stays as it was."""
+def _alter(desk: Desk, column: str, instead: dict[str, str]) -> None:
+    """Other values in a column of the published answers, with a manifest that vouches for the file."""
     (partition,) = desk.manifest.partitions("fact_answer", desk.tenant)
     path = desk.root / "warehouse" / partition.path
     rows = pq.read_table(path)
-    names = rows.column("path").to_pylist()
-    exchanged = [{"code": "comment", "comment": "code"}.get(name, name) for name in names]
-    assert exchanged != names
-    pq.write_table(rows.set_column(rows.column_names.index("path"), "path", pa.array(exchanged)), path)
+    assert rows.num_rows == 2
+    former = rows.column(column).to_pylist()
+    altered = [instead.get(value, value) for value in former]
+    assert altered != former
+    pq.write_table(rows.set_column(rows.column_names.index(column), column, pa.array(altered)), path)
     size, digest = measured(path)
     changed = replace(partition, bytes=size, hash=digest)
     desk.manifest.with_partitions("fact_answer", desk.tenant, [changed])._write()
-    assert pc.count(rows.column("path")).as_py() == 2
+
+
+def _unmet(said: str) -> list[str]:
+    return [line.removeprefix("not met: ") for line in said.splitlines() if line.startswith("not met: ")]
 
 
 @pytest.mark.skipif(
@@ -50,11 +53,19 @@ def test_it_judges_as_the_comparison_does(desk: Desk, configured: Settings, tmp_
     folder, script = tmp_path / "report", ROOT / "scripts/expectations"
     met = subprocess.run([script, folder], capture_output=True, text=True, timeout=600, check=False, env=os.environ)
     assert (met.returncode, "every expectation is met" in met.stdout) == (0, True), met.stderr
-    _exchange(desk)
+    # Two answers change places: every count, sum and hash stays as it was.
+    _alter(desk, "path", {"code": "comment", "comment": "code"})
     differs = subprocess.run([script, folder], capture_output=True, text=True, timeout=600, check=False, env=os.environ)
     assert differs.returncode == MISMATCH
     assert "not every expectation is met" in differs.stdout
+    assert _unmet(differs.stdout) == ["expect_column_values_to_be_between problems"]
     (day,) = orjson.loads((folder / "figures.json").read_bytes())["days"]
     assert day["problems"] > 0
     sides = [(day[name], day[name.replace("_mongodb", "_warehouse")]) for name in day if name.endswith("_mongodb")]
     assert all(one == other for one, other in sides)
+    _alter(desk, "path", {"code": "comment", "comment": "code"})
+    # A character too many.
+    _alter(desk, "value_text", {"b": "bb"})
+    differs = subprocess.run([script, folder], capture_output=True, text=True, timeout=600, check=False, env=os.environ)
+    assert differs.returncode == MISMATCH
+    assert any("expect_column_pair_values_to_be_equal text" in line for line in _unmet(differs.stdout)), differs.stdout
