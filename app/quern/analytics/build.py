@@ -148,7 +148,13 @@ class Builder:
             for day, problem in sample.differences():
                 problems[day].append(problem)
             for file in extracts:
-                file.replace(days)
+                for day, problem in file.differences(tallies):
+                    problems[day].append(problem)
+            for file in extracts:
+                if any(problems.values()):
+                    file.abandon()
+                else:
+                    file.replace(days)
             for made in partitions.values():
                 self.unflushed.add(self._warehouse / made.path)
         problems = {day: listed for day, listed in problems.items() if listed}

@@ -2,11 +2,11 @@
 
     <extract>/<tenant>/<day>/responses.jsonl.zst  responses.parquet  audit.jsonl.zst  audit.parquet
 
-Each file is replaced whole, by rename, whenever its day is rewritten; a day without rows has no file. A run says that a
-day is done when its files are on the disk (`unflushed`): until then it would be written again.
+Each file is replaced whole, by rename, whenever its day is rewritten and is equal to MongoDB; a day without rows has no
+file. A run says that a day is done when its files are on the disk (`unflushed`): until then it would be written again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from quern.analytics.flatten import to_json
 from quern.analytics.manifest import safe
 from quern.analytics.source import Chunk, DayChunk
+from quern.analytics.tally import Tally
 from quern.analytics.unflushed import Unflushed
 
 Compression = Literal["zstd", "gzip", "none"]
@@ -52,6 +53,8 @@ AUDIT: Final = pa.schema(
 _BATCH: Final = 2000
 _BATCH_BYTES: Final = 8 << 20
 _NESTED: Final = frozenset({"answers", "results", "steps", "detail"})
+#: Bytes of lines that are read at once.
+_READ: Final = 1 << 20
 
 
 class Extract:
@@ -80,9 +83,8 @@ class Extract:
     ) -> None:
         if kind is None:
             self._close()
-            return
-        for writer in self._written.values():
-            writer.abandon()
+        else:
+            self.abandon()
 
     def write(self, chunk: DayChunk) -> None:
         """Add some documents of a day; a day that another followed does not come again."""
@@ -99,6 +101,21 @@ class Extract:
         if self._open is not None:
             self._open.close()
             self._open = None
+
+    def differences(self, tallies: dict[date, Tally]) -> Iterator[tuple[date, str]]:
+        """Compare each day's Parquet file, as it was written and stands on the disk, with what MongoDB held."""
+        self._close()
+        for day, tally in tallies.items():
+            writer = self._written.get(day)
+            problem = writer.difference(*tally.documents(self._name)) if writer else None
+            if problem:
+                yield day, problem
+
+    def abandon(self) -> None:
+        """Drop what was written: the days' files stay as they are."""
+        self._open = None
+        for writer in self._written.values():
+            writer.abandon()
 
     def replace(self, days: Iterable[date]) -> None:
         """Put the written files of these days in place; what there was before goes, also where there is nothing now."""
@@ -129,6 +146,10 @@ class _DayWriter:
             self._end()
         for path in (self._lines, self._parquet):
             _temporary(path).unlink(missing_ok=True)
+        self._leave()
+
+    def difference(self, count: int, total: int) -> str | None:
+        return _difference(self._parquet, _temporary(self._parquet), count, total)
 
     def write(self, chunk: Chunk) -> None:
         if self._table_file is None:
@@ -191,13 +212,80 @@ class _DayWriter:
             if path.exists():
                 path.unlink()
                 gone.append(path)
+        self._leave()
+        return [*kept, *gone]
+
+    def _leave(self) -> None:
         for folder in (self._directory, self._directory.parent):
             try:
                 folder.rmdir()
             except OSError:
                 # Not empty, or never made.
                 break
-        return [*kept, *gone]
+
+
+def days_of(root: Path, tenant: str) -> set[date]:
+    """The days that a tenant has a folder of."""
+    found = set[date]()
+    for folder in (root / safe(tenant)).glob("*-*-*"):
+        with suppress(ValueError):
+            found.add(date.fromisoformat(folder.name))
+    return found
+
+
+def differences(root: Path, tenant: str, day: date, stored: Tally) -> list[str]:
+    """What is wrong with a tenant's day in the extract, by the name of the file.
+
+    Of Parquet the documents and their hashes are compared, of JSON Lines the number of lines.
+    """
+    folder, found = root / safe(tenant) / day.isoformat(), list[str]()
+    for name in ("responses", "audit"):
+        count, total = stored.documents(name)
+        parquet = folder / f"{name}.parquet"
+        lines = [path for suffix in _SUFFIX.values() if (path := folder / f"{name}.jsonl{suffix}").exists()]
+        if not count:
+            left = [path for path in (*lines, parquet) if path.exists()]
+            found += [f"{_shown(path)} is there, and MongoDB has nothing for it" for path in left]
+            continue
+        problems = [_difference(parquet, parquet, count, total)]
+        problems += [_difference(path, path, count, None) for path in lines or [folder / f"{name}.jsonl"]]
+        found += filter(None, problems)
+    return found
+
+
+def _difference(path: Path, written: Path, count: int, total: int | None) -> str | None:
+    """What is wrong with the file `written`, which is or becomes `path`; `total`: of the hashes that Parquet has."""
+    try:
+        found = (_count_lines(written), None) if total is None else _held(written)
+    except FileNotFoundError:
+        return f"{_shown(path)} is missing"
+    except (OSError, pa.ArrowException) as error:
+        return f"{_shown(path)} is not what was written ({type(error).__name__})"
+    if found[0] != count:
+        return f"{_shown(path)}: {count} documents in MongoDB, {found[0]} in the extract"
+    if found[1] != total:
+        return f"{_shown(path)}: other documents than MongoDB's, by their hashes"
+    return None
+
+
+def _held(path: Path) -> tuple[int, int]:
+    """Number of a Parquet file's documents, and the sum of their hashes, the lowest 64 bits, signed."""
+    with pq.ParquetFile(path) as file:
+        hashes = file.read(["hash"], use_threads=False).column("hash")
+    return len(hashes), int(hashes.to_numpy().sum())
+
+
+def _count_lines(path: Path) -> int:
+    kind = {suffix: kind for kind, suffix in _SUFFIX.items() if suffix}.get(path.suffix)
+    count = 0
+    with path.open("rb") if kind is None else pa.CompressedInputStream(str(path), kind) as lines:
+        while piece := lines.read(_READ):
+            count += piece.count(b"\n")
+    return count
+
+
+def _shown(path: Path) -> str:
+    return f"extract {'/'.join(path.parts[-3:])}"
 
 
 def _open_lines(path: Path, compression: Compression) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quern.analytics import follow, source
+from quern.analytics import extract, follow, source
 from quern.analytics.build import COMPARED, Leaf, Sample, differs, equal
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import batches_of, measured
@@ -61,9 +61,10 @@ def verify(
     since: date | None = None,
     until: date | None = None,
     tenant: str | None = None,
+    extracts: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
-    """Compare a published warehouse with what MongoDB holds now.
+    """Compare a published warehouse, and the extract where there is one, with what MongoDB holds now.
 
     Days that have changed since the publication are left to the next run. Jobs are compared as far as MongoDB still
     has them: it forgets them after a month, the warehouse does not.
@@ -81,6 +82,8 @@ def verify(
     low, high = since or date.min, until or date.max
     for name in source.tenants_asked_for(db, manifest.tenants, tenant):
         wanted |= {(name, day) for day in source.days(db, name, since, until)}
+        if extracts is not None:
+            wanted |= {(name, day) for day in extract.days_of(extracts, name) if low <= day < high}
         for table in ("fact_response", "fact_audit"):
             for partition in manifest.partitions(table, name, since, until):
                 wanted |= {(name, day) for day in days_in(manifest.root / partition.path) if low <= day < high}
@@ -89,14 +92,16 @@ def verify(
         if (name, day) in moved:
             found.changed_since += 1
             continue
-        problems = _verify_day(db, manifest, name, day, found)
+        problems = _verify_day(db, manifest, name, day, found, extracts)
         if problems:
             found.findings.append(Finding(name, day, problems))
     progress(len(wanted), len(wanted))
     return found
 
 
-def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verification) -> list[str]:
+def _verify_day(
+    db: Db, manifest: Manifest, tenant: str, day: date, found: Verification, extracts: Path | None
+) -> list[str]:
     stored, sample, ids, jobs = Tally(), Sample(), list[str](), dict[str, int | None]()
     with source.snapshot(db) as session:
         reader = source.SpanReader(db, session, tenant, day, day)
@@ -132,6 +137,8 @@ def _verify_day(db: Db, manifest: Manifest, tenant: str, day: date, found: Verif
     problems = stored.differences(there) + [problem for _, problem in sample.differences()]
     if problems:
         problems += _named(db, tenant, day, files)
+    if extracts is not None:
+        problems += extract.differences(extracts, tenant, day, stored)
     figures = {"tenant": tenant, "day": day.isoformat(), **_figures(stored, there), "problems": len(problems)}
     found.figures.append(figures)
     return problems

@@ -115,6 +115,10 @@ class Tally:
                     found.append(result)
         self.results.add(found)
 
+    def documents(self, name: str) -> tuple[int, int]:
+        """Number of `responses`, or of entries of `audit`, and the sum of their hashes."""
+        return (self.responses, self.response_hash) if name == "responses" else (self.audit, self.audit_hash)
+
     def flat(self) -> dict[str, int | float | str]:
         """Every figure by name. Hashes as text: a reader of JSON may have no 64-bit integers. Sums to nine digits."""
         found: dict[str, int | float | str] = {}

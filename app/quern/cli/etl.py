@@ -304,9 +304,9 @@ def status(as_json: bool) -> None:
 def verify(
     since: date | None, until: date | None, tenant_id: str | None, figures: TextIO | None, as_json: bool
 ) -> None:
-    """Compare the published warehouse with MongoDB: counts, hashes, sums, and some responses field by field.
+    """Compare the published warehouse and extract with MongoDB: counts, hashes, sums, some documents field by field.
 
-    Exit status 3: they differ; the rows are named.
+    Exit status 3: they differ; the rows, and files of the extract, are named.
     """
     from quern.analytics import integrity
     from quern.analytics.manifest import Manifest
@@ -320,6 +320,7 @@ def verify(
             since=since,
             until=until,
             tenant=tenant_id,
+            extracts=open_runtime().settings.analytics.extract,
             progress=lambda done, total: show(done, total, "days"),
         )
     if figures is not None:

@@ -174,8 +174,8 @@ class Desk:
             return list(found.to_arrow_table().to_pylist())
 
     def holds(self) -> bool:
-        """Whether the published warehouse is whole and equal to MongoDB, every day of it."""
-        found = integrity.verify(self.db, self.manifest)
+        """Whether the published warehouse and the extract are whole and equal to MongoDB, every day of them."""
+        found = integrity.verify(self.db, self.manifest, extracts=self.settings.extract)
         assert found.holds, (found.findings, found.missing_files)
         assert not found.changed_since, "days have changed since the publication"
         return True

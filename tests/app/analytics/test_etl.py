@@ -12,6 +12,7 @@ import pytest
 
 from quern.analytics import etl, partition, source
 from quern.analytics.etl import BusyError, MismatchError, Range
+from quern.analytics.extract import _DayWriter
 from quern.analytics.flatten import Flattener
 from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
 from quern.analytics.schema import FACT_ANSWER, Table
@@ -348,6 +349,8 @@ def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeyp
     first = desk.submit(moment("2026-03-07"), {"code": "a"})
     desk.run()
     second = desk.submit(moment("2026-03-07"), {"code": "lost"})
+    desk.submit(moment("2026-03-09"), {"code": "lost"})
+    extracted = _extracted(desk)
 
     def lossy(column: Column) -> Iterator[Stripe]:
         yield from (stripe for stripe in shred(column) if "lost" not in stripe.values)
@@ -359,6 +362,36 @@ def test_rows_that_differ_stop_the_publication_and_are_named(desk: Desk, monkeyp
     assert second in problems and "code" in problems
     assert "lost" not in problems
     assert [row["response"] for row in desk.rows("fact_response")] == [first]
+    assert _extracted(desk) == extracted
+    monkeypatch.undo()
+    desk.run()
+    assert desk.holds()
+    assert len(_extracted(desk)) == 2 * len(extracted)
+
+
+def _extracted(desk: Desk) -> dict[str, bytes]:
+    root = desk.root / "extract"
+    return {str(path.relative_to(root)): path.read_bytes() for path in desk.files() if root in path.parents}
+
+
+def test_documents_that_the_extract_would_lack_stop_the_publication(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.submit(moment("2026-03-07"), {"code": "a"})
+    desk.run()
+    paths, extracted = desk.manifest.paths, _extracted(desk)
+    desk.submit(moment("2026-03-07"), {"code": "b"})
+    write = _DayWriter.write
+
+    def careless(writer: _DayWriter, chunk: Chunk) -> None:
+        write(writer, Chunk(chunk.documents[:1], chunk.digests[:1]))
+
+    monkeypatch.setattr(_DayWriter, "write", careless)
+    with pytest.raises(MismatchError) as caught:
+        desk.run()
+    name = f"extract {desk.tenant}/2026-03-07/responses.parquet"
+    assert any(f"{name}: 2 documents in MongoDB, 1 in the extract" in line for line in caught.value.report.problems)
+    assert (desk.manifest.paths, _extracted(desk)) == (paths, extracted)
     monkeypatch.undo()
     desk.run()
     assert desk.holds()

@@ -138,7 +138,7 @@ def test_killed_at_any_point_the_published_warehouse_is_whole(desk: Desk, mongod
             expected, generation = _stored(desk), desk.manifest.generation
         assert integrity.damaged(desk.manifest) == []
         assert _published(desk) == expected
-        assert integrity.verify(desk.db, desk.manifest).holds
+        assert integrity.verify(desk.db, desk.manifest, extracts=desk.settings.extract).holds
     assert killed > _KILLS // 2
     assert runs() == 0
     assert desk.holds()
@@ -160,7 +160,7 @@ def test_killed_after_any_time_the_published_warehouse_is_whole(desk: Desk, mong
         _change(desk, chance, span=8)
         killed += runs(kill_after=seconds * chance.uniform(0.2, 0.9)) == -signal.SIGKILL
         assert integrity.damaged(desk.manifest) == []
-        assert integrity.verify(desk.db, desk.manifest).holds
+        assert integrity.verify(desk.db, desk.manifest, extracts=desk.settings.extract).holds
     assert killed
     assert runs() == 0
     assert desk.holds()

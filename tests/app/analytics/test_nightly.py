@@ -203,6 +203,43 @@ def test_a_damaged_file_is_found(desk: Desk, configured: Settings) -> None:
     assert "is not what was written" in found.output
 
 
+@pytest.mark.parametrize("name", ["responses.parquet", "responses.jsonl.zst", "audit.parquet", "audit.jsonl.zst"])
+def test_a_file_of_the_extract_that_is_missing_or_cut_short_is_found_by_its_name(
+    desk: Desk, configured: Settings, name: str
+) -> None:
+    for day in ("2026-10-30", "2026-10-31"):
+        desk.submit(moment(day), {"code": "a"})
+    _quern("run")
+    path = desk.root / "extract" / desk.tenant / "2026-10-31" / name
+    content = path.read_bytes()
+    for end in (len(content) - 1, len(content) // 2, 0, None):
+        if end is None:
+            path.unlink()
+        else:
+            path.write_bytes(content[:end])
+        found = _quern("verify")
+        assert found.exit_code == handler.MISMATCH
+        assert f"extract {desk.tenant}/2026-10-31/{name.removesuffix('.zst')}" in found.output
+        assert "2026-10-30" not in found.output
+    path.write_bytes(content)
+    assert "equal." in _quern("verify").output
+
+
+def test_other_documents_in_the_extract_than_mongodbs_are_found(desk: Desk, configured: Settings) -> None:
+    for day in ("2026-10-30", "2026-10-31"):
+        desk.submit(moment(day), {"code": "a"})
+    _quern("run")
+    folder = desk.root / "extract" / desk.tenant
+    one, other, gone = (folder / day / "responses.parquet" for day in ("2026-10-30", "2026-10-31", "2026-10-29"))
+    one.write_bytes(other.read_bytes())
+    gone.parent.mkdir()
+    gone.write_bytes(other.read_bytes())
+    found = _quern("verify")
+    assert found.exit_code == handler.MISMATCH
+    assert f"extract {desk.tenant}/2026-10-30/responses.parquet: other documents" in found.output
+    assert f"extract {desk.tenant}/2026-10-29/responses.parquet is there" in found.output
+
+
 def test_a_wrong_day_is_explained(configured: Settings) -> None:
     found = _quern("run", "--since", "yesterday")
     assert found.exit_code == 2
