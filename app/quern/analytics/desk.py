@@ -58,17 +58,16 @@ class Desk:
         self._retired: dict[str | None, str] = {}
 
     def stamp(self, manifest: Manifest, tenant: str | None) -> str:
-        """The stamp of a tenant's part of a manifest; kept, since it reads every path."""
+        """The stamp of a tenant's part of a manifest, with None of all of it; kept, since it reads every path."""
         generation, known = self._stamps
         if generation != manifest.generation:
             known = {}
             self._stamps = (manifest.generation, known)
         if tenant not in known:
-            # A tenant's answer is another question's when it is the operator who asks.
             known[tenant] = f"{tenant or '-'}:{stamp(manifest, tenant)}"
         return known[tenant]
 
-    def ask(self, question: Question, tenant: str | None, seconds: float | None = None) -> Found:
+    def ask(self, question: Question, tenant: str, seconds: float | None = None) -> Found:
         """The whole answer, newest warehouse. Raises as `Warehouse.answer`, whose `seconds` these are."""
         manifest = self.warehouse.current()
         mark = self.stamp(manifest, tenant)
@@ -80,7 +79,7 @@ class Desk:
         self.kept.put(mark, question, made)
         return Found(made, False, mark)
 
-    def page(self, question: Question, tenant: str | None, limit: int, cursor: str | None) -> AnswerPage:
+    def page(self, question: Question, tenant: str, limit: int, cursor: str | None) -> AnswerPage:
         """One page of an answer.
 
         Raises:
@@ -99,7 +98,7 @@ class Desk:
             self._remember(tenant, question)
         else:
             mark, fingerprint, place = cursors.decode(cursor, 3)
-            if fingerprint != question.fingerprint or not place.isdigit() or not mark.startswith(f"{tenant or '-'}:"):
+            if fingerprint != question.fingerprint or not place.isdigit() or not mark.startswith(f"{tenant}:"):
                 raise cursors.BadCursorError("not a cursor of this question")
             offset = int(place)
             found = self._again(question, tenant, mark)
@@ -115,12 +114,12 @@ class Desk:
             next_cursor=after,
         )
 
-    def _remember(self, tenant: str | None, question: Question) -> None:
+    def _remember(self, tenant: str, question: Question) -> None:
         # A text to compare answers with may be somebody's name, which must not outlive an erasure.
         if not any(_holds_text(item) for item in [*question.filters, *chain(*(s.filters for s in question.stages))]):
             self.kept.remember(tenant, question)
 
-    def _again(self, question: Question, tenant: str | None, mark: str) -> Found:
+    def _again(self, question: Question, tenant: str, mark: str) -> Found:
         if mark == self.stamp(self.warehouse.current(), tenant):
             return self.ask(question, tenant)
         kept = self.kept.get(mark, question)
@@ -134,7 +133,8 @@ class Desk:
         mark = self.stamp(manifest, None)
         if self._retired.get(None) != mark:
             self.kept.retire_parts(manifest.paths)
-        for tenant in [*manifest.tenants, None]:
+            self._retired[None] = mark
+        for tenant in manifest.tenants:
             mark = self.stamp(manifest, tenant)
             if self._retired.get(tenant) != mark:
                 self.kept.retire(mark)
@@ -147,7 +147,7 @@ class Desk:
             manifest = self.warehouse.current()
         except NoWarehouseError:
             return 0
-        for tenant in [*manifest.tenants, None]:
+        for tenant in manifest.tenants:
             for question in [*STANDARD, *self.kept.remembered(tenant)]:
                 if stop.is_set():
                     return made

@@ -150,11 +150,11 @@ class Kept:
         except RedisError:
             _log.warning("Redis `cache` does not answer; old answers end by themselves", exc_info=True)
 
-    def remember(self, tenant: str | None, question: Question) -> None:
+    def remember(self, tenant: str, question: Question) -> None:
         """Note that a question was asked, so that it is answered beforehand after the next publication."""
         if self._redis is None:
             return
-        key = f"{_PREFIX}:asked:{tenant or '-'}"
+        key = f"{_PREFIX}:asked:{tenant}"
         try:
             with self._redis.pipeline(transaction=False) as pipe:
                 pipe.zadd(key, {question.model_dump_json(by_alias=True): time.time()})
@@ -164,12 +164,12 @@ class Kept:
         except RedisError:
             _log.debug("a question is not remembered", exc_info=True)
 
-    def remembered(self, tenant: str | None) -> list[Question]:
+    def remembered(self, tenant: str) -> list[Question]:
         """The questions that a tenant asked last, newest first."""
         if self._redis is None:
             return []
         try:
-            found = self._redis.zrange(f"{_PREFIX}:asked:{tenant or '-'}", 0, -1, desc=True)
+            found = self._redis.zrange(f"{_PREFIX}:asked:{tenant}", 0, -1, desc=True)
         except RedisError:
             return []
         return [Question.model_validate(orjson.loads(raw)) for raw in found if isinstance(raw, bytes)]

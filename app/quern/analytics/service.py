@@ -69,11 +69,11 @@ class NotConfiguredError(Exception):
 
 
 class Asked(BaseModel):
-    """What the API hands on. `tenant` None: the operator."""
+    """What the API hands on of a tenant."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tenant: str | None
+    tenant: str
     question: Question
     limit: int = Field(100, ge=1, le=1000)
     cursor: str | None = None
@@ -137,14 +137,14 @@ def create_app(desk: Desk, settings: ProcessSettings) -> Flask:
     @app.post("/page")
     def page() -> Response:
         asked = Asked.model_validate_json(request.get_data())
-        with questions.take(asked.tenant or ""):
+        with questions.take(asked.tenant):
             made = desk.page(asked.question, asked.tenant, asked.limit, asked.cursor)
         return _stamped(Response(made.model_dump_json(), mimetype="application/json"), made.freshness)
 
     @app.post("/file")
     def file() -> Response:
         asked = Asked.model_validate_json(request.get_data())
-        with questions.take(asked.tenant or ""):
+        with questions.take(asked.tenant):
             answer = desk.ask(asked.question, asked.tenant).answer
         if asked.format == "svg" or asked.format == "png":
             from quern.analytics.chart import chart

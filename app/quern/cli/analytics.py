@@ -1,10 +1,10 @@
-"""`quern analytics`, `sql`, `report`: the service that answers questions, and two ways to look without it."""
+"""`quern analytics`, `ask`, `sql`, `report`: the service that answers questions, and three ways to look without it."""
 
 import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, cast
 
 import click
 from rich.console import Console
@@ -14,8 +14,18 @@ from quern.store.clock import rfc3339
 
 # The engine and Arrow are large: only a command that needs them loads them.
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from quern.analytics.answer import Answer, Warehouse
     from quern.analytics.manifest import Manifest
+    from quern.analytics.question import AnswerPage, Question
+    from quern.analytics.render import Format
     from quern.analytics.service import ProcessSettings
+
+#: How many times as long as a client's question one of the operator may take.
+_PATIENCE: Final = 5
+#: What is no text, and so nothing for a screen.
+_BINARY: Final = frozenset({"parquet", "arrow", "png"})
 
 
 @click.command("analytics")
@@ -39,6 +49,133 @@ def _settings() -> "tuple[ProcessSettings, Path]":
     if root is None:
         fail("expected the folder of the warehouse in QUERN_ANALYTICS__WAREHOUSE, found it not set")
     return settings, root
+
+
+def _warehouse() -> "Warehouse":
+    """The published warehouse with the engine that the settings name; ends the command where there is none."""
+    from quern.analytics.answer import Warehouse
+    from quern.analytics.service import NotConfiguredError, make_engine
+
+    settings, root = _settings()
+    try:
+        return Warehouse(root, make_engine(settings), seconds=settings.analytics.service.seconds * _PATIENCE)
+    except NotConfiguredError as error:
+        fail(str(error))
+
+
+@click.command("ask")
+@click.argument("question")
+@click.option("--tenant", "tenant_id", help="Of this tenant; default: of all, who are then the dimension `tenant`.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv", "parquet", "arrow", "svg", "png"]),
+    default="table",
+    show_default=True,
+    help="What is printed or written.",
+)
+@click.option(
+    "--rows", type=click.IntRange(1, 200_000), default=100, show_default=True, help="At most so many, of a table."
+)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of standard output.")
+def ask(question: str, tenant_id: str | None, form: str, rows: int, output: Path | None) -> None:
+    """Answer one QUESTION: JSON as the API takes it (docs/analytics.md), or `-` for standard input.
+
+    A table ends after --rows; whatever else is printed has every row.
+    """
+    from quern.analytics.answer import TooManyRowsError
+    from quern.analytics.engine import EngineError
+    from quern.analytics.manifest import NoWarehouseError
+    from quern.analytics.plan import AskError
+
+    if output is None and form in _BINARY and sys.stdout.isatty():
+        fail(f"expected --output FILE or a pipe for {form}, found a terminal")
+    if output is not None and form == "table":
+        fail("expected --format json, csv, parquet, arrow, svg or png with --output, found a table")
+    asked = _question(sys.stdin.read() if question == "-" else question)
+    warehouse = _warehouse()
+    try:
+        _in_reach(warehouse.current(), tenant_id)
+        answer = warehouse.answer(asked, tenant_id)
+    except (NoWarehouseError, EngineError, AskError, TooManyRowsError) as error:
+        fail(str(error))
+    if form == "table":
+        shown = _page(asked, answer, rows).model_dump(mode="json")["rows"]
+        names = asked.columns
+        emit([dict(zip(names, row, strict=True)) for row in shown], names, False, "No rows.", verbatim=True)
+    elif output is None:
+        click.echo(_rendered(asked, answer, form), nl=False)
+    else:
+        _write(output, _rendered(asked, answer, form))
+    count = answer.table.num_rows
+    _say_how_many(
+        min(count, rows) if form == "table" else count,
+        form == "table" and count > rows,
+        answer.freshness.complete_until,
+    )
+
+
+def _question(text: str) -> "Question":
+    """The question of a text; ends the command for one that is none, with what was expected and found of each part."""
+    from pydantic import ValidationError
+
+    from quern.analytics.question import Question
+
+    try:
+        return Question.model_validate_json(text)
+    except ValidationError as error:
+        fail("the question is not usable:\n" + "\n".join(_faults(error)))
+
+
+def _faults(error: "ValidationError") -> list[str]:
+    made = []
+    for item in error.errors():
+        place = ".".join(map(str, item["loc"]))
+        found = f", found {str(item['input'])[:100]!r}" if isinstance(item["input"], str | int | float) else ""
+        made.append(f"{place}: {item['msg']}{found}" if place else f"{item['msg']}{found}")
+    return made
+
+
+def _page(question: "Question", answer: "Answer", rows: int) -> "AnswerPage":
+    """The first rows as the API gives them."""
+    from quern.analytics.answer import columns
+    from quern.analytics.desk import plain_rows
+    from quern.analytics.question import AnswerPage
+
+    return AnswerPage(
+        columns=columns(question, answer.table.schema),
+        rows=plain_rows(answer.table.slice(0, rows)),
+        total_rows=answer.table.num_rows,
+        freshness=answer.freshness,
+        cached=False,
+        next_cursor=None,
+    )
+
+
+def _rendered(question: "Question", answer: "Answer", form: str) -> bytes:
+    if form == "json":
+        return _page(question, answer, answer.table.num_rows).model_dump_json(indent=2).encode() + b"\n"
+    if form == "svg" or form == "png":
+        from quern.analytics.chart import chart
+
+        return chart(question, answer.table, form, until=answer.freshness.complete_until)
+    from quern.analytics.render import render
+
+    return render(answer, cast("Format", form))
+
+
+def _write(target: Path, made: bytes) -> None:
+    """A file that others cannot read."""
+    target.write_bytes(made)
+    target.chmod(0o640)
+
+
+def _say_how_many(rows: int, more: bool, until: datetime | None) -> None:
+    beyond = "; there are more, see --rows" if more else ""
+    fresh = rfc3339(until) if until else "-"
+    Console(stderr=True).print(
+        f"{'1 row' if rows == 1 else f'{rows} rows'}{beyond}; complete until {fresh}", style="dim"
+    )
 
 
 @click.command("sql")
@@ -72,10 +209,7 @@ def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float,
         return
     names = _distinct(found.columns)
     emit([dict(zip(names, row, strict=True)) for row in found.rows], names, False, "No rows.", verbatim=True)
-    more = "; there are more, see --rows" if found.more else ""
-    fresh = rfc3339(manifest.freshness) if manifest.freshness else "-"
-    rows_ = "1 row" if len(found.rows) == 1 else f"{len(found.rows)} rows"
-    Console(stderr=True).print(f"{rows_}{more}; complete until {fresh}", style="dim")
+    _say_how_many(len(found.rows), found.more, manifest.freshness)
 
 
 def _in_reach(manifest: "Manifest", tenant: str | None) -> list[str]:
@@ -105,14 +239,11 @@ def report(target: Path, tenant_id: str | None, days: int, zone: str, as_json: b
     """Write one HTML file with the usual questions and their plots to TARGET."""
     from pydantic import ValidationError
 
-    from quern.analytics.answer import Warehouse
     from quern.analytics.engine import EngineError
     from quern.analytics.manifest import NoWarehouseError
     from quern.analytics.report import write_report
-    from quern.analytics.service import make_engine
 
-    settings, root = _settings()
-    warehouse = Warehouse(root, make_engine(settings), seconds=settings.analytics.service.seconds * 5)
+    warehouse = _warehouse()
     try:
         _in_reach(warehouse.current(), tenant_id)
         until = (warehouse.current().freshness or datetime.now(UTC)).replace(minute=0, second=0, microsecond=0)
@@ -121,7 +252,6 @@ def report(target: Path, tenant_id: str | None, days: int, zone: str, as_json: b
         fail(str(error))
     except ValidationError as error:
         fail("; ".join(item["msg"] for item in error.errors()))
-    target.write_text(made, encoding="utf-8")
-    target.chmod(0o640)
+    _write(target, made.encode())
     size = len(made.encode())
     emit_outcome({"file": str(target), "bytes": size, "outcome": f"{target}: {size // 1024} KB"}, as_json)

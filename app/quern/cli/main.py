@@ -32,6 +32,7 @@ _COMMANDS: Final = {
     "config": "configuration.config_group",
     "secret-key": "operate.secret_key",
     "analytics": "analytics.analytics",
+    "ask": "analytics.ask",
     "sql": "analytics.sql",
     "report": "analytics.report",
     "etl": "etl.etl_group",
