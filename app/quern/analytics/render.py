@@ -1,6 +1,7 @@
 """An answer as a file: CSV, Parquet, Arrow."""
 
 import io
+import re
 from typing import Final, Literal
 
 import pyarrow as pa
@@ -15,6 +16,11 @@ MEDIA_TYPES: Final[dict[str, str]] = {
     "svg": "image/svg+xml",
     "png": "image/png",
 }
+
+#: What a spreadsheet may take for the beginning of a formula; the wide ones in some languages.
+_BEGINS: Final = frozenset("=+-@\t\r\n＝＋－＠")
+#: No formula, although it begins like one.
+_NUMBER: Final = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def render(answer: Answer, form: Format) -> bytes:
@@ -43,11 +49,14 @@ def _csv(table: pa.Table) -> bytes:
 
 
 def _harmless(table: pa.Table) -> pa.Table:
-    """Texts that a spreadsheet would run as a formula are led by a quote (OWASP, "CSV Injection")."""
+    """Texts that a spreadsheet would run as a formula are led by a quote (OWASP, "CSV Injection"); numbers are none."""
     columns = []
     for column in table.columns:
         if pa.types.is_string(column.type):
-            values = ["'" + text if text and text[0] in "=+-@\t\r" else text for text in column.to_pylist()]
-            column = pa.chunked_array([values], pa.string())
+            column = pa.chunked_array([[_tamed(text) for text in column.to_pylist()]], pa.string())
         columns.append(column)
     return pa.table(columns, names=table.column_names)
+
+
+def _tamed(text: str | None) -> str | None:
+    return "'" + text if text and text[0] in _BEGINS and not _NUMBER.fullmatch(text) else text
