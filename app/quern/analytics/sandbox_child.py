@@ -46,7 +46,7 @@ def _say(said: bytes) -> None:
 
 def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
     # Before the walls go up: DuckDB crashes where it may not read its control group's limits.
-    database = _open(order)
+    database = open_database(order)
     _rows(database.sql("SELECT 1 AS one, 'x' AS text, now() AS at, 1.5 AS part, [1] AS list"), 1)
     memory = order["memory_megabytes"]
     try:
@@ -106,7 +106,7 @@ def _refused(database: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -
     return f"expected a SELECT, found {statement.type.name}; nothing can be written or set here{hint}"
 
 
-def _open(order: dict[str, Any]) -> duckdb.DuckDBPyConnection:
+def open_database(order: dict[str, Any]) -> duckdb.DuckDBPyConnection:
     """A database in memory with the views of the order, and, unless the order leaves that wall out, locked settings."""
     config: dict[str, Any] = {
         # A process that has threads cannot be confined as a whole, and one that is may start none.

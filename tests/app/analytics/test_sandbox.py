@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from quern.analytics import sandbox
 from quern.analytics.confine import CONFINED
 from quern.analytics.manifest import Manifest
 from quern.analytics.sandbox import Limits, SandboxError, SqlError
+from quern.analytics.sandbox_child import open_database
 from tests.app.analytics.world import TENANTS, World, publish, world
 
 MINE, OTHERS = TENANTS
@@ -96,8 +97,12 @@ WRITES = [
     "ATTACH '{loot}/a.db' AS loot",
     "IMPORT DATABASE '{loot}/exported'",
     "SET log_query_path = '{empty}/log'",
-    "INSTALL httpfs",
-    "LOAD '{empty}/evil.duckdb_extension'",
+    "INSTALL '{loot}/evil.duckdb_extension'",
+    "LOAD '{loot}/evil.duckdb_extension'",
+    "CALL enable_logging(storage = 'file', storage_path = '{empty}/log')",
+    "EXPLAIN ANALYZE SELECT * FROM enable_logging(storage = 'file', storage_path = '{empty}/log')",
+    "CALL enable_profiling(format = 'json', save_location = '{empty}/profile.json')",
+    "EXPLAIN ANALYZE SELECT * FROM enable_profiling(format = 'json', save_location = '{empty}/profile.json')",
     "CREATE TABLE t AS SELECT * FROM read_parquet('{other}')",
     "CREATE PERSISTENT SECRET s (TYPE s3, KEY_ID 'a', SECRET 'b')",
 ]
@@ -121,8 +126,8 @@ READS = [
     "SELECT * FROM read_text('/proc/self/maps')",
     "FROM json_execute_serialized_sql(json_serialize_sql('SELECT * FROM read_text(''/etc/passwd'')'))",
 ]
-#: These need the internet, a file that nobody has, or what the tests themselves are given, to succeed anywhere.
-WITHOUT_CONTROL = ("httpfs", "http://", "LOAD ", "SECRET ", "/dev/stdin")
+#: These need the internet, or what the tests themselves are given, to succeed anywhere.
+WITHOUT_CONTROL = ("http://", "SECRET ", "/dev/stdin")
 #: What the kernel lets through, and DuckDB alone refuses: that a file is there, its size and its time; the own pipes.
 HELD_BY_DUCKDB = [
     "SELECT * FROM glob('/etc/passwd')",
@@ -149,13 +154,25 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def loot(warehouse: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What lies elsewhere on the machine: a database, an exported one, and a link to another tenant's file."""
+    """What lies elsewhere: a database, an exported one, an extension, and a link to another tenant's file."""
     folder = tmp_path_factory.mktemp("loot")
+    _extension(folder / "evil.duckdb_extension")
     with duckdb.connect(folder / "a.db") as database:
         database.execute("CREATE TABLE t AS SELECT 1 AS x")
         database.execute(f"EXPORT DATABASE '{folder}/exported'")
     (folder / "link.parquet").symlink_to(warehouse.files("fact_response", OTHERS)[0])
     return folder
+
+
+def _extension(path: Path) -> None:
+    """A library that DuckDB loads where it may: its last 512 bytes say for which DuckDB it is; it is not signed."""
+    source, library = path.with_name("evil.c"), path.with_name("evil.so")
+    source.write_text("int evil_init_c_api(void *info, void *access) { return 1; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True, timeout=120)
+    with duckdb.connect() as database:
+        ((platform,),) = database.execute("PRAGMA platform").fetchall()
+    said = ["", "", "", "C_STRUCT", "0.1", "v1.2.0", platform, "4"]
+    path.write_bytes(library.read_bytes() + b"".join(text.encode().ljust(32, b"\0") for text in said) + bytes(256))
 
 
 @pytest.fixture
@@ -193,9 +210,13 @@ def test_the_same_statement_does_its_work_where_nothing_holds_it(
     free = replace(machine, root=tmp_path_factory.mktemp("free"), empty=tmp_path_factory.mktemp("empty"))
     shutil.copytree(machine.root, free.root, dirs_exist_ok=True)
     own, other = (free.root / path.relative_to(machine.root) for path in (machine.own, machine.other))
-    with duckdb.connect() as database:
+    settings = {"allow_unsigned_extensions": "true", "extension_directory": str(tmp_path_factory.mktemp("extensions"))}
+    with duckdb.connect(config=settings) as database:
         database.execute(f"CREATE VIEW fact_response AS FROM read_parquet('{own}')")
         database.execute(replace(free, own=own, other=other).fill(statement)).to_arrow_table()
+        # What is logged and measured is of the statements to come.
+        database.execute("SELECT 1").fetchall()
+    assert "{empty}" not in statement or any(free.empty.iterdir())
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["as it runs", "without DuckDB's walls"])
@@ -225,6 +246,13 @@ def test_no_folder_can_be_listed(warehouse: Manifest, check: bool) -> None:
         "EXPLAIN (FORMAT ')SELECT 1 --', ANALYZE) DROP VIEW fact_response",
         "EXPLAIN COPY (SELECT 1) TO '/tmp/out.csv'",
         "PREPARE x AS SELECT 1",
+        "PRAGMA database_list",
+        "PRAGMA enable_profiling = 'json'",
+        "CALL enable_logging()",
+        "CALL pragma_version()",
+        "USE memory",
+        "RESET memory_limit",
+        "LOAD json",
         "BEGIN",
         "PIVOT fact_response ON status USING count(*)",
     ],
@@ -250,13 +278,108 @@ def test_what_only_looks_may_be_run(warehouse: Manifest, statement: str) -> None
     assert sandbox.run(statement, warehouse, [MINE]).rows
 
 
-def test_settings_stay_locked_even_when_a_statement_gets_to_them(warehouse: Manifest) -> None:
-    found = sandbox.run(
-        "SELECT name, value FROM duckdb_settings() WHERE name IN ('enable_external_access', 'lock_configuration')",
-        warehouse,
-        [MINE],
-    )
-    assert sorted(found.rows) == [["enable_external_access", "false"], ["lock_configuration", "true"]]
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT * FROM enable_logging()",
+        "SELECT * FROM enable_logging(storage = 'stdout', level = 'trace')",
+        "SELECT * FROM enable_logging(storage = 'file', storage_path = '{empty}/log')",
+        "EXPLAIN ANALYZE SELECT * FROM enable_logging(storage = 'file', storage_path = '{empty}/log')",
+        "SELECT * FROM disable_logging()",
+        "SELECT * FROM enable_profiling()",
+        "SELECT * FROM enable_profiling(format = 'json', save_location = '{empty}/profile.json')",
+        "EXPLAIN ANALYZE SELECT * FROM enable_profiling(format = 'json', save_location = '{empty}/profile.json')",
+        "SELECT * FROM disable_profiling()",
+    ],
+)
+def test_a_select_that_sets_something_finds_the_settings_locked(
+    warehouse: Manifest, machine: Machine, statement: str
+) -> None:
+    with pytest.raises(SqlError, match="the configuration has been locked"):
+        sandbox.run(machine.fill(statement), warehouse, [MINE])
+    # Where it is not, nothing else refuses it, but the kernel what comes of it.
+    with duckdb.connect() as database:
+        database.execute(statement.format(empty=machine.loot)).fetchall()
+
+
+#: Were they ever let through by their type.
+OTHER_SETTERS = [
+    "SET memory_limit = '100GB'",
+    "SET lock_configuration = false",
+    "SET allowed_paths = ['/etc/passwd']",
+    "SET temp_directory = '/tmp'",
+    "SET log_query_path = '{empty}/log'",
+    "SET extension_directory = '/tmp'",
+    "SET autoinstall_known_extensions = true",
+    "RESET threads",
+    "PRAGMA threads = 4",
+    "PRAGMA enable_profiling = 'json'",
+    "PRAGMA disable_optimizer",
+    "CALL enable_logging()",
+    "CALL enable_profiling()",
+]
+
+
+@contextmanager
+def _opened(machine: Machine, check: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The database of a statement's process, in this one: neither statements' types nor the kernel hold anything."""
+    order = {"files": [str(machine.own)], "views": [], "memory_megabytes": 100, "check": check}
+    with open_database(order) as database:
+        yield database
+
+
+@pytest.mark.parametrize("statement", OTHER_SETTERS)
+def test_the_settings_are_locked_for_statements_of_every_type(machine: Machine, statement: str) -> None:
+    with (
+        _opened(machine, True) as database,
+        pytest.raises(duckdb.InvalidInputException, match="the configuration has been locked"),
+    ):
+        database.execute(machine.fill(statement))
+    with _opened(machine, False) as database:
+        database.execute(statement.format(empty=machine.loot))
+
+
+def test_an_extension_meets_a_wall_of_duckdb_and_one_of_the_kernel(warehouse: Manifest, machine: Machine) -> None:
+    load = machine.fill("LOAD '{loot}/evil.duckdb_extension'")
+    with (
+        _opened(machine, True) as database,
+        pytest.raises(duckdb.PermissionException, match="Loading external extensions is disabled"),
+    ):
+        database.execute(load)
+    with pytest.raises(SqlError, match=r"Cannot open file .*evil\.duckdb_extension.*Permission denied"):
+        sandbox.run(load, warehouse, [MINE], check=False)
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["as it runs", "without DuckDB's walls"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT * FROM checkpoint()",
+        "SELECT * FROM truncate_duckdb_logs()",
+        "SELECT write_log('quern', level := 'fatal')",
+    ],
+)
+def test_what_writes_nothing_by_itself_has_nothing_to_write_to(
+    warehouse: Manifest, untouched: Path, statement: str, check: bool
+) -> None:
+    # A process lives for one statement, and `untouched` sees what outlives it.
+    assert len(sandbox.run(statement, warehouse, [MINE], check=check).rows) <= 1
+
+
+def test_the_same_writes_where_there_is_a_file_and_a_log(tmp_path: Path) -> None:
+    ahead = tmp_path / "a.db.wal"
+    with duckdb.connect(tmp_path / "a.db") as database:
+        database.execute("CREATE TABLE t AS SELECT 1 AS x")
+        assert ahead.stat().st_size > 0
+        database.execute("SELECT * FROM checkpoint()").fetchall()
+        assert not ahead.exists() or ahead.stat().st_size == 0
+        database.execute("CALL enable_logging(level = 'fatal')")
+        for statement, kept in (
+            ("SELECT write_log('quern', level := 'fatal')", 1),
+            ("SELECT * FROM truncate_duckdb_logs()", 0),
+        ):
+            database.execute(statement).fetchall()
+            assert database.execute("SELECT count(*) FROM duckdb_logs").fetchall() == [(kept,)]
 
 
 def test_a_statement_that_takes_too_much_memory_ends(warehouse: Manifest) -> None:
