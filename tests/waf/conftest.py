@@ -19,6 +19,8 @@ from tests.waf.front_door import FrontDoor
 #: Answers: status and whether an upstream gave it.
 Verdict = tuple[int, bool]
 Send = Callable[[bytes], Verdict]
+#: Answers with an answer's status line and headers, empty where the connection was closed without one.
+Ask = Callable[[bytes], str]
 
 
 class _Upstream(BaseHTTPRequestHandler):
@@ -70,11 +72,11 @@ def front_door(waf_directory: Path) -> Iterator[FrontDoor]:
 
 
 @pytest.fixture(scope="session")
-def send(front_door: FrontDoor) -> Send:
-    """Send one request on a connection of its own; a connection closed without an answer is status 0."""
+def ask(front_door: FrontDoor) -> Ask:
+    """Send one request on a connection of its own."""
     context = front_door.certificate.client_context()
 
-    def exchange(request: bytes) -> Verdict:
+    def exchange(request: bytes) -> str:
         with (
             socket.create_connection(("127.0.0.1", front_door.port), timeout=60) as plain,
             context.wrap_socket(plain, server_hostname="127.0.0.1") as tls,
@@ -90,19 +92,27 @@ def send(front_door: FrontDoor) -> Send:
                     answer += more
             except (ssl.SSLError, OSError):
                 pass
-        head = answer.partition(b"\r\n\r\n")[0]
-        status = int(head.split()[1]) if head.startswith(b"HTTP/") else 0
-        return status, b"\r\nX-Upstream: " in head
+        return answer.partition(b"\r\n\r\n")[0].decode("latin-1")
 
     return exchange
 
 
-@pytest.fixture(scope="session")
-def send_all(send: Send) -> Callable[[Sequence[bytes]], list[Verdict]]:
-    """Many requests, a few at once, verdicts in order."""
+def verdict_of(head: str) -> Verdict:
+    """Of an answer's head; a connection closed without an answer is status 0."""
+    return (int(head.split()[1]) if head.startswith("HTTP/") else 0), "\r\nX-Upstream: " in head
 
-    def exchange(requests: Sequence[bytes]) -> list[Verdict]:
+
+@pytest.fixture(scope="session")
+def send(ask: Ask) -> Send:
+    return lambda request: verdict_of(ask(request))
+
+
+@pytest.fixture(scope="session")
+def ask_all(ask: Ask) -> Callable[[Sequence[bytes]], list[str]]:
+    """Many requests, a few at once, heads of the answers in order."""
+
+    def exchange(requests: Sequence[bytes]) -> list[str]:
         with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(send, requests))
+            return list(pool.map(ask, requests))
 
     return exchange

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -133,7 +134,19 @@ class FrontDoor(ChildProcess):
 
     def findings(self, request_id: str) -> list[Finding]:
         """What the rules found in one request, in order."""
-        path = self.directory / "log" / "waf.log"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        found = [finding_of(line) for line in lines if f'[unique_id "{request_id}"]' in line]
+        found = [finding_of(line) for line in self._said() if f'[unique_id "{request_id}"]' in line]
         return [finding for finding in found if finding is not None]
+
+    def denials(self) -> dict[str, int]:
+        """The requests that a rule refused, by their identifiers, with the status that it asked for."""
+        pattern = re.compile(r'ModSecurity: Access denied with code (\d+).*\[unique_id "([^"]+)"\]')
+        return {found[2]: int(found[1]) for line in self._said() if (found := pattern.search(line))}
+
+    def lost_workers(self) -> list[str]:
+        """What the master said about processes that ended by a signal, which others follow."""
+        log = (self.directory / "nginx.log").read_text(errors="replace")
+        return [line for line in log.splitlines() if " exited on signal " in line]
+
+    def _said(self) -> list[str]:
+        path = self.directory / "log" / "waf.log"
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
