@@ -79,8 +79,8 @@ bundle: setup ansible ## quern-bundle.tar: all that site.yml installs, for hosts
 	$(ANSIBLE_VENV)/bin/python scripts/bundle
 
 lint-ansible: ansible ## ansible-lint (production) and yamllint
-	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" ansible-lint -q site.yml playbooks roles
-	$(ANSIBLE_VENV)/bin/yamllint --strict site.yml playbooks roles inventory molecule tests/host
+	PATH="$(CURDIR)/$(ANSIBLE_VENV)/bin:$$PATH" ansible-lint -q site.yml playbooks roles molecule tests/host/plays
+	$(ANSIBLE_VENV)/bin/yamllint --strict site.yml playbooks roles inventory molecule tests
 
 format: setup ## mend what can be mended by itself
 	$(BIN)/ruff check --fix . $(PYTHON_SCRIPTS)
