@@ -91,7 +91,7 @@ def test_the_ai_side_reaches_no_address(guest: Guest, expected: dict[str, Any]) 
 
 def test_the_api_answers_while_processors_and_memory_are_under_pressure(guest: Guest, client: Client) -> None:
     form = client.form("Pressure")
-    rest = _latency(guest, client, form)
+    rest = _best_latency(guest, client, form)
     guest.say(
         # Beside the appliance, not in a slice of its own: what anybody's program on the host may do.
         "systemd-run --quiet --collect --unit=vm-pressure -p OOMScoreAdjust=1000 "
@@ -99,12 +99,19 @@ def test_the_api_answers_while_processors_and_memory_are_under_pressure(guest: G
     )
     try:
         wait_until(lambda: float(guest.say("cut -d' ' -f1 /proc/loadavg")) >= 1.5, "the pressure to build up")
-        pressed = _latency(guest, client, form)
+        pressed = _best_latency(guest, client, form)
     finally:
         guest.ask("systemctl stop vm-pressure")
     ratio = pressed["p99"] / rest["p99"]
     print(f"at rest {rest}, under pressure {pressed}, ratio of p99 {ratio:.2f}")
     assert pressed["failed"] == 0
+    assert ratio <= 2
+
+
+def _best_latency(guest: Guest, client: Client, form: str) -> dict[str, Any]:
+    """Of three turns the one with the least p99, for the machine around the guest has moments too; all failures."""
+    turns = [_latency(guest, client, form) for _ in range(3)]
+    return {**min(turns, key=lambda turn: float(turn["p99"])), "failed": sum(turn["failed"] for turn in turns)}
 
 
 def _latency(guest: Guest, client: Client, form: str) -> dict[str, Any]:
