@@ -4,8 +4,6 @@ What comes out is a set of new files that nobody reads yet, and the proof that t
 moment: counts, hashes and sums of each day, and some of its documents field by field.
 """
 
-import heapq
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,28 +14,20 @@ from typing import Any, Final
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from quern.analytics import extract, schema, source
 from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, audit_rows, job_rows, own_job_rows
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import PartitionWriter, batches_of
-from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
+from quern.analytics.sample import READ, SAMPLE, Sample
+from quern.analytics.tally import COUNTED, Tally, add_rows
 from quern.analytics.unflushed import Unflushed
-from quern.analytics.version import Version
+from quern.analytics.version import Versions
 from quern.jobs.model import ENDED
 from quern.store.connection import Db, Document
 
-#: Documents for each day that are compared field by field: those with the smallest hashes, so any may be chosen.
-SAMPLE: Final = 3
 _FACTS: Final = ("fact_response", "fact_answer", "fact_embedding", "fact_audit", "fact_job")
 _MERGED_ROWS: Final = 65_536
-#: Fields of a response that are named.
-_LISTED: Final = 10
-Leaf = tuple[str, str, str]
-"""Source, path and item of a value."""
-#: Columns of `fact_answer` that are compared field by field.
-COMPARED: Final = ["response", "source", "path", "item", "value_text", "value_number", "value_bool"]
 
 
 @dataclass
@@ -54,26 +44,6 @@ class Built:
     """Why it must not be published."""
     documents: int = 0
     """Read from MongoDB, of all collections."""
-
-
-class Versions:
-    """Versions of forms for flattening, kept: they never change."""
-
-    def __init__(self, db: Db) -> None:
-        self._db = db
-        self._kept: dict[tuple[str, int], Version] = {}
-
-    def get(self, form: str, number: int) -> Version:
-        """The version, or one that explains nothing when it is not there."""
-        key = (form, number)
-        found = self._kept.get(key)
-        if found is None:
-            stored = source.version(self._db, form, number)
-            found = Version.unknown(*key) if stored is None else Version.of(*key, stored.definition, stored.workflow)
-            if len(self._kept) >= 2000:
-                self._kept.clear()
-            self._kept[key] = found
-        return found
 
 
 class Builder:
@@ -125,10 +95,10 @@ class Builder:
                 for name, columns in (("responses", extract.RESPONSES), ("audit", extract.AUDIT))
                 if self._extracts is not None
             ]
-            tallies, sample = {day: Tally() for day in days}, Sample(SAMPLE * len(days))
+            tallies, sample = {day: Tally() for day in days}, Sample(self._versions, SAMPLE * len(days))
             explained, unsettled = self._write_responses(reader, writers, extracts[:1], tallies, sample)
-            unsettled = self._write_own_jobs(reader, writers["fact_job"], tallies) or unsettled
-            self._write_audit(reader, writers, extracts[1:], tallies)
+            unsettled = self._write_own_jobs(reader, writers["fact_job"], tallies, sample) or unsettled
+            self._write_audit(reader, writers, extracts[1:], tallies, sample)
             partitions = {name: made for name, writer in writers.items() if (made := writer.close()) is not None}
             if "fact_response" in partitions:
                 partitions["fact_response"] = replace(partitions["fact_response"], explained=explained)
@@ -174,7 +144,7 @@ class Builder:
         writers: dict[str, PartitionWriter],
         extracts: list[extract.Extract],
         tallies: dict[date, Tally],
-        sample: "Sample",
+        sample: Sample,
     ) -> tuple[bool, bool]:
         """Whether every value was what its form's version says; whether a job goes on though its response has ended."""
         explained, unsettled, flattener, size = True, False, Flattener(), 0
@@ -185,7 +155,7 @@ class Builder:
             for table, rows in flattener.batches():
                 writers[table.name].write(rows)
             explained = explained and flattener.explained
-            unsettled = self._write_jobs(reader, writers["fact_job"], tallies, working) or unsettled
+            unsettled = self._write_jobs(reader, writers["fact_job"], tallies, sample, working) or unsettled
             flattener, working, size = Flattener(), {}, 0
 
         for chunk in reader.responses():
@@ -213,6 +183,7 @@ class Builder:
         reader: source.SpanReader,
         writer: PartitionWriter,
         tallies: dict[date, Tally],
+        sample: Sample,
         responses: dict[str, Document],
     ) -> bool:
         """Whether one of the jobs goes on though its response has ended: its end changes no response."""
@@ -222,10 +193,12 @@ class Builder:
         if jobs:
             writer.write(job_rows(jobs, responses))
         for job in jobs:
-            day = responses[job["subject"]]["created"].date()
+            response = responses[job["subject"]]
+            day = response["created"].date()
             tallies[day].jobs += 1
             tallies[day].attempts += job["attempt"]
-            if job["state"] not in ENDED and responses[job["subject"]]["status"] != "processing":
+            sample.offer_job(day, job, response["form"], response["version"])
+            if job["state"] not in ENDED and response["status"] != "processing":
                 unsettled = True
         if len(jobs) != count:
             # Fewer or more than the index has: no day may be published with them.
@@ -233,7 +206,9 @@ class Builder:
             tallies[last["created"].date()].jobs += count - len(jobs)
         return unsettled
 
-    def _write_own_jobs(self, reader: source.SpanReader, writer: PartitionWriter, tallies: dict[date, Tally]) -> bool:
+    def _write_own_jobs(
+        self, reader: source.SpanReader, writer: PartitionWriter, tallies: dict[date, Tally], sample: Sample
+    ) -> bool:
         """Write the jobs that work on no response; whether one of them has not ended."""
         unsettled, left, last = False, reader.count_own_jobs(), max(tallies)
         for jobs in reader.own_jobs():
@@ -241,9 +216,10 @@ class Builder:
             writer.write(own_job_rows(jobs))
             left -= len(jobs)
             for job in jobs:
-                tally = tallies[job["created"].date()]
-                tally.jobs += 1
-                tally.attempts += job["attempt"]
+                day = job["created"].date()
+                tallies[day].jobs += 1
+                tallies[day].attempts += job["attempt"]
+                sample.offer_job(day, job, None, None)
                 unsettled = unsettled or job["state"] not in ENDED
         # As above.
         tallies[last].jobs += left
@@ -255,6 +231,7 @@ class Builder:
         writers: dict[str, PartitionWriter],
         extracts: list[extract.Extract],
         tallies: dict[date, Tally],
+        sample: Sample,
     ) -> None:
         for chunk in reader.audit():
             self._pause()
@@ -263,6 +240,7 @@ class Builder:
                 tally = tallies[part.day]
                 tally.audit += len(part.documents)
                 tally.audit_hash = source.signed(tally.audit_hash + sum(part.digests))
+                sample.offer_audit(part)
                 for file in extracts:
                     file.write(part)
 
@@ -334,74 +312,15 @@ def rewrite(
         return writer.close()
 
 
-class Sample:
-    """The `size` documents with the smallest hashes."""
-
-    def __init__(self, size: int = SAMPLE) -> None:
-        self._size = size
-        self._kept: list[tuple[int, str, date, Document]] = []
-        self._found: list[dict[str, Any]] = []
-
-    def offer(self, part: source.DayChunk) -> None:
-        """Keep those of a day's documents whose hashes are among the smallest."""
-        for document, digest in zip(part.documents, part.digests, strict=True):
-            if len(self._kept) < self._size:
-                heapq.heappush(self._kept, (-digest, document["_id"], part.day, document))
-            elif -digest > self._kept[0][0]:
-                heapq.heapreplace(self._kept, (-digest, document["_id"], part.day, document))
-
-    @property
-    def responses(self) -> list[str]:
-        """The documents' identifiers."""
-        return [identity for _, identity, _, _ in self._kept]
-
-    def find(self, rows: pa.RecordBatch) -> None:
-        """Take down the sample's rows among some of `fact_answer`."""
-        chosen = rows.filter(pc.is_in(rows.column("response"), pa.array(self.responses, pa.string())))
-        self._found += chosen.select(COMPARED).to_pylist()
-
-    def differences(self) -> list[tuple[date, str]]:
-        """Compare the documents, field by field, with the rows that were found."""
-        found: dict[str, list[dict[str, Any]]] = {identity: [] for identity in self.responses}
-        for row in self._found:
-            found[row["response"]].append(row)
-        problems = []
-        for _, identity, day, document in self._kept:
-            wanted = leaves_of(document)
-            there = rows_as_leaves(found[identity])
-            keys = [key for key in wanted.keys() | there.keys() if not equal(wanted.get(key), there.get(key))]
-            if keys:
-                problems.append((day, differs(identity, keys)))
-        return problems
-
-
-def differs(identity: str, keys: list[Leaf]) -> str:
-    """Which of a response's fields differ. The values themselves stay out of it: they are a person's."""
-    listed = [".".join(filter(None, key)) for key in sorted(keys)]
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return f"{identity}: {', '.join(listed[:_LISTED]) or 'rows'}{more} differs"
-
-
-def equal(stored: Any, flattened: Any) -> bool:
-    if isinstance(stored, bool) or isinstance(flattened, bool):
-        return stored is flattened
-    if isinstance(stored, int) and isinstance(flattened, float):
-        return float(stored) == flattened
-    if isinstance(stored, float) and math.isnan(stored):
-        return isinstance(flattened, float) and math.isnan(flattened)
-    return type(stored) is type(flattened) and bool(stored == flattened)
-
-
 def read_back(root: Path, partitions: dict[str, Partition], days: list[date], sample: Sample) -> dict[date, Tally]:
     """The figures of each day in some partitions, from their files as they stand on the disk; and the sample's rows."""
     tallies = {day: Tally() for day in days}
     for table, partition in partitions.items():
-        columns = {*COUNTED[table], "day", *(COMPARED if table == "fact_answer" else ())}
+        columns = {*COUNTED[table], "day", *READ[table]}
         names = ["source", "path", "item"] if table == "fact_answer" else None
         for rows in batches_of(root / partition.path, sorted(columns), names):
             add_rows(tallies, table, rows)
-            if table == "fact_answer":
-                sample.find(rows)
+            sample.find(table, rows)
     return tallies
 
 

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from quern.analytics import extract, follow, source
-from quern.analytics.build import COMPARED, Leaf, Sample, differs, equal
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import batches_of, measured
+from quern.analytics.sample import COMPARED, READ, Leaf, Sample, differs, equal
 from quern.analytics.tally import COUNTED, Tally, add_rows, leaves_of, rows_as_leaves
+from quern.analytics.version import Versions
 from quern.jobs.model import ENDED
 from quern.store.connection import Db, Document
 
@@ -77,7 +78,7 @@ def verify(
     if found.missing_files:
         return found
     changes = follow.drain(db, manifest.source.token) if manifest.source.token else None
-    moved = changes.days if changes else set()
+    moved, versions = changes.days if changes else set(), Versions(db)
     wanted: set[tuple[str, date]] = set()
     low, high = since or date.min, until or date.max
     for name in source.tenants_asked_for(db, manifest.tenants, tenant):
@@ -92,7 +93,7 @@ def verify(
         if (name, day) in moved:
             found.changed_since += 1
             continue
-        problems = _verify_day(db, manifest, name, day, found, extracts)
+        problems = _verify_day(db, versions, manifest, name, day, found, extracts)
         if problems:
             found.findings.append(Finding(name, day, problems))
     progress(len(wanted), len(wanted))
@@ -100,9 +101,16 @@ def verify(
 
 
 def _verify_day(
-    db: Db, manifest: Manifest, tenant: str, day: date, found: Verification, extracts: Path | None
+    db: Db,
+    versions: Versions,
+    manifest: Manifest,
+    tenant: str,
+    day: date,
+    found: Verification,
+    extracts: Path | None,
 ) -> list[str]:
-    stored, sample, ids, jobs = Tally(), Sample(), list[str](), dict[str, int | None]()
+    stored, sample, jobs = Tally(), Sample(versions), dict[str, int | None]()
+    forms: dict[str, tuple[str, int]] = {}
     with source.snapshot(db) as session:
         reader = source.SpanReader(db, session, tenant, day, day)
         for chunk in reader.responses():
@@ -110,31 +118,32 @@ def _verify_day(
             stored.response_hash = source.signed(stored.response_hash + sum(chunk.digests))
             stored.add_documents(chunk.documents)
             sample.offer(source.DayChunk(chunk.documents, chunk.digests, day=day))
-            ids += [document["_id"] for document in chunk.documents]
-        for job in _jobs(reader, ids):
+            forms |= {document["_id"]: (document["form"], document["version"]) for document in chunk.documents}
+        for job in _jobs(reader, list(forms)):
             jobs[job["_id"]] = job["attempt"] if job["state"] in ENDED else None
+            if job["state"] in ENDED:
+                sample.offer_job(day, job, *forms.get(job["subject"] or "", (None, None)))
         for chunk in reader.audit():
             stored.audit += len(chunk.documents)
             stored.audit_hash = source.signed(stored.audit_hash + sum(chunk.digests))
+            sample.offer_audit(source.DayChunk(chunk.documents, chunk.digests, day=day))
     there = Tally()
     known, moving = pa.array(sorted(jobs), pa.string()), {job for job, attempts in jobs.items() if attempts is None}
     files = {table: manifest.files(table, tenant, day, day + timedelta(days=1)) for table in _FACTS}
     for table, paths in files.items():
-        more = {"fact_job": ["job", "state"], "fact_answer": COMPARED}.get(table, [])
-        for rows in _rows_of(paths, sorted({*COUNTED[table], *more}), day):
+        for rows in _rows_of(paths, sorted({*COUNTED[table], *READ[table]} - {"day"}), day):
+            sample.find(table, rows)
             if table == "fact_job":
                 rows = rows.filter(pc.is_in(rows.column("job"), known))
                 moving |= _not_ended(rows)
                 rows = _without_attempts(rows, moving)
             add_rows({day: there}, table, rows)
-            if table == "fact_answer":
-                sample.find(rows)
     stored.jobs = len(jobs)
     stored.attempts = sum(attempts or 0 for job, attempts in jobs.items() if job not in moving)
     found.days += 1
     found.responses += stored.responses
     found.audit += stored.audit
-    problems = stored.differences(there) + [problem for _, problem in sample.differences()]
+    problems = stored.differences(there) + [problem for _, problem in sample.differences(moving)]
     if problems:
         problems += _named(db, tenant, day, files)
     if extracts is not None:

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import orjson
 
-from quern.analytics import schema
+from quern.analytics import schema, source
 from quern.forms.fields import ChoiceField, FormDefinition, GroupField, MultipleChoiceField, RatingField
+from quern.store.connection import Db
 from quern.workflows.definition import Workflow
 
 #: Kinds of fields and steps with a short text (an option, a label), and with a number (an answer, a score).
@@ -85,6 +86,26 @@ class Version:
             answers,
             results,
         )
+
+
+class Versions:
+    """Versions of forms for flattening, kept: they never change."""
+
+    def __init__(self, db: Db) -> None:
+        self._db = db
+        self._kept: dict[tuple[str, int], Version] = {}
+
+    def get(self, form: str, number: int) -> Version:
+        """The version, or one that explains nothing when it is not there."""
+        key = (form, number)
+        found = self._kept.get(key)
+        if found is None:
+            stored = source.version(self._db, form, number)
+            found = Version.unknown(*key) if stored is None else Version.of(*key, stored.definition, stored.workflow)
+            if len(self._kept) >= 2000:
+                self._kept.clear()
+            self._kept[key] = found
+        return found
 
 
 def _with_columns(leaves: tuple[Leaf, ...], steps: tuple[Leaf, ...]) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from math import inf, nan
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -15,6 +16,7 @@ from quern.analytics.etl import BusyError, MismatchError, Range
 from quern.analytics.extract import _DayWriter
 from quern.analytics.flatten import Flattener
 from quern.analytics.manifest import NAME, Manifest, NoWarehouseError
+from quern.analytics.partition import PartitionWriter
 from quern.analytics.schema import FACT_ANSWER, Table
 from quern.analytics.shred import Column, Stripe, shred
 from quern.analytics.source import Chunk, SpanReader
@@ -393,6 +395,58 @@ def test_documents_that_the_extract_would_lack_stop_the_publication(
     assert any(f"{name}: 2 documents in MongoDB, 1 in the extract" in line for line in caught.value.report.problems)
     assert (desk.manifest.paths, _extracted(desk)) == (paths, extracted)
     monkeypatch.undo()
+    desk.run()
+    assert desk.holds()
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "wrong"),
+    [
+        ("fact_response", "text_1", "wrong"),
+        ("fact_response", "number_2", 7.5),
+        ("fact_response", "status", "incomplete"),
+        ("fact_response", "rating", 0.3),
+        ("fact_response", "respondent", None),
+        ("fact_response", "processing_seconds", 99.0),
+        ("fact_response", "words", 7),
+        ("fact_response", "label", None),
+        ("fact_audit", "actor", "key_another"),
+        ("fact_audit", "detail", None),
+        ("fact_job", "state", "cancelled"),
+        ("fact_job", "queue", "high"),
+        ("fact_job", "run_seconds", 2.0),
+    ],
+)
+def test_a_column_of_its_own_that_differs_stops_the_publication_and_is_named(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, table: str, column: str, wrong: Any
+) -> None:
+    answers = {"sector": "health", "score": 4, "email": "Maud@example.org", "comment": "fine it was"}
+    response = desk.submit(moment("2026-03-07"), answers)
+    desk.finish(response, RESULTS)
+    write = PartitionWriter.write
+
+    def wrongly(writer: PartitionWriter, rows: pa.RecordBatch) -> None:
+        if writer._table.name == table:
+            place = rows.schema.get_field_index(column)
+            same = pa.array([wrong] * rows.num_rows, rows.schema.field(place).type)
+            rows = pa.RecordBatch.from_arrays(
+                [same if number == place else values for number, values in enumerate(rows.columns)], schema=rows.schema
+            )
+        write(writer, rows)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(PartitionWriter, "write", wrongly)
+        with pytest.raises(MismatchError) as caught:
+            desk.run()
+    collection, query = {
+        "fact_response": ("responses", {"_id": response}),
+        "fact_audit": ("audit", {"action": "response.submitted"}),
+        "fact_job": ("jobs", {"subject": response}),
+    }[table]
+    names = [document["_id"] for document in desk.db[collection].find(query)]
+    problems = " ".join(caught.value.report.problems)
+    assert any(f"{name}: {table}.{column} differs" in problems for name in names)
+    assert "Maud" not in problems and "key_another" not in problems
     desk.run()
     assert desk.holds()
 
