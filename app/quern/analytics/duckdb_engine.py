@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 import pyarrow as pa
 
 from quern.analytics.engine import Dialect, EngineError, Parameter, Statement, TimedOutError, shaped
-from quern.analytics.schema import Table, quote
+from quern.analytics.schema import Table
+from quern.analytics.wide import quote
 
 if TYPE_CHECKING:
     import duckdb

@@ -26,7 +26,8 @@ from quern.analytics.question import (
     Question,
     Stage,
 )
-from quern.analytics.schema import TABLES, value_column
+from quern.analytics.schema import TABLES
+from quern.analytics.wide import value_column
 
 _FACT: Final = {"response": "fact_response", "job": "fact_job", "audit": "fact_audit"}
 _MOMENT: Final = {"response": "created", "job": "created", "audit": "at"}

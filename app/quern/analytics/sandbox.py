@@ -84,7 +84,7 @@ def run(sql: str, manifest: Manifest, tenants: Sequence[str], limits: Limits = L
     order = {
         "files": readable,
         "views": views,
-        "tables": sorted(tables),
+        "tables": [*sorted(tables), "wide_<form>_<version>"],
         "memory_megabytes": limits.memory_megabytes,
         "rows": limits.rows,
         # The parent's clock comes first; this one ends the process where the parent is gone.

@@ -16,6 +16,7 @@ import duckdb
 import orjson
 
 from quern.analytics.confine import CONFINED, CannotConfineError, confine
+from quern.analytics.wide import FIELDS, name, named, quote, wide
 
 _MEGABYTE: Final = 1 << 20
 #: Types whose values JSON has; the others travel as the text that DuckDB makes of them.
@@ -81,10 +82,19 @@ def _run(database: duckdb.DuckDBPyConnection, order: dict[str, Any], sql: str) -
         return {"ok": False, "kind": "sql", "text": f"expected one statement, found {len(statements)}"}
     if order["check"] and (refused := _refused(database, statements[0])):
         return {"ok": False, "kind": "sql", "text": refused}
+    _add_wide(database, sql)
     found = database.sql(sql)
     if found is None:
         return {"ok": True, "columns": [], "types": [], "rows": [], "more": False}
     return {"ok": True, **_rows(found, int(order["rows"]))}
+
+
+def _add_wide(database: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Make the views `wide_<form>_<version>` that a statement names, of what is in its reach alone."""
+    for form, version in sorted(named(sql)):
+        if fields := database.execute(FIELDS, [form, version]).fetchall():
+            view = name(f"wide_{form}_{version}")
+            database.execute(f"CREATE VIEW {view} AS {wide(form, version, fields)}")
 
 
 def _refused(database: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> str | None:
@@ -122,7 +132,7 @@ def open_database(order: dict[str, Any]) -> duckdb.DuckDBPyConnection:
     for statement in order["views"]:
         database.execute(statement)
     if order["check"]:
-        every = ", ".join("'" + file.replace("'", "''") + "'" for file in order["files"])
+        every = ", ".join(map(quote, order["files"]))
         database.execute(f"SET allowed_paths = [{every}]")
         database.execute("SET enable_external_access = false")
         database.execute("SET lock_configuration = true")

@@ -5,10 +5,10 @@ to the millisecond, stored without a zone (Parquet `timestamp[ms]`, not adjusted
 Names follow Kimball, "The Data Warehouse Toolkit": facts hold what happened, dimensions what it is about.
 
 `fact_answer` is long: one row for each leaf of a response's answers and AI results. `dim_field` says for each version
-of a form what a path meant; `wide` turns one version's rows into one row a response with a column for each path.
+of a form what a path meant; `wide` turns one version's rows into one row a response with a column for each path, in SQL
+`wide_<form>_<version>`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -82,11 +82,6 @@ class Table:
             if column.name == name:
                 return column
         raise KeyError(f"{self.name} has no column {name}; it has {', '.join(self.names)}")
-
-    @property
-    def duckdb_struct(self) -> str:
-        """The columns for DuckDB's `CREATE TABLE` or `columns = {…}`."""
-        return ", ".join(f'"{column.name}" {column.type.duckdb}' for column in self.columns)
 
     @property
     def clickhouse_structure(self) -> str:
@@ -335,49 +330,3 @@ DIM_TIME: Final = Table(
 FACTS: Final = (FACT_RESPONSE, FACT_ANSWER, FACT_EMBEDDING, FACT_AUDIT, FACT_JOB)
 DIMENSIONS: Final = (DIM_USER, DIM_FORM, DIM_FIELD, DIM_TIME)
 TABLES: Final = {table.name: table for table in (*FACTS, *DIMENSIONS)}
-
-_VALUE: Final = {
-    "number": "value_number",
-    "rating": "value_number",
-    "score": "value_number",
-    "scores": "value_number",
-    "consent": "value_bool",
-    "flag": "value_bool",
-    "date": "value_text",
-}
-
-
-#: `item` in order of its numbers: "2" before "10".
-_BY_ITEM: Final = "TRY_CAST(string_split(item, '.') AS INTEGER[])"
-
-
-def value_column(kind: str) -> str:
-    """The column of `fact_answer` that holds the value of a field of this kind."""
-    return _VALUE.get(kind, "value_text")
-
-
-def wide(form: str, version: int, fields: Iterable[tuple[str, str, str, bool]]) -> str:
-    """SQL (DuckDB) for one version's responses with a column for each path: the nested answers, flattened.
-
-    Args:
-        fields: (source, path, kind, repeated) of each column. A repeated one becomes a list in the order of `item`.
-    """
-    columns = []
-    for source, path, kind, repeated in fields:
-        value, where = value_column(kind), f"source = {quote(source)} AND path = {quote(path)}"
-        made = f"list({value} ORDER BY {_BY_ITEM}, item)" if repeated else f"any_value({value})"
-        columns.append(f"{made} FILTER (WHERE {where}) AS {name(f'{source}.{path}')}")
-    listed = "".join(f", {column}" for column in columns)
-    # Every part is quoted.
-    rows = f"form = {quote(form)} AND version = {int(version)}"
-    return f"SELECT response, any_value(created) AS created{listed} FROM fact_answer WHERE {rows} GROUP BY response"  # noqa: S608
-
-
-def quote(text: str) -> str:
-    """A SQL string literal. Doubling the quote is enough in DuckDB, where a backslash means itself."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def name(text: str) -> str:
-    """A quoted SQL identifier."""
-    return '"' + text.replace('"', '""') + '"'

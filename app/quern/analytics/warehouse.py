@@ -19,6 +19,7 @@ from quern.analytics.integrity import days_in
 from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
 from quern.analytics.partition import PartitionWriter, batches_of
 from quern.analytics.unflushed import Unflushed
+from quern.analytics.wide import quote
 from quern.analytics.work import Span, Work
 from quern.store.connection import Db
 
@@ -187,7 +188,7 @@ class Assembly:
             return writer.close()
 
     def _files(self, partitions: list[Partition]) -> str:
-        listed = ", ".join(schema.quote(str(self._work.root / item.path)) for item in partitions)
+        listed = ", ".join(quote(str(self._work.root / item.path)) for item in partitions)
         return f"read_parquet([{listed}])"
 
 

@@ -190,7 +190,8 @@ def _say_how_many(rows: int, more: bool, until: datetime | None) -> None:
 def sql(statement: str | None, tenant_id: str | None, rows: int, seconds: float, memory: int, as_json: bool) -> None:
     """Run one SELECT over the warehouse; STATEMENT, or standard input. Nothing can be written.
 
-    Tables: fact_response, fact_answer, fact_embedding, fact_audit, fact_job, dim_user, dim_form, dim_field, dim_time.
+    Tables: fact_response, fact_answer, fact_embedding, fact_audit, fact_job, dim_user, dim_form, dim_field, dim_time;
+    wide_<form>_<version>: one version's responses with a column for each field.
     """
     from quern.analytics import sandbox
     from quern.analytics.manifest import Manifest, NoWarehouseError

@@ -6,15 +6,15 @@ import time
 from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
-import duckdb
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quern.analytics import schema
+from quern.analytics import sandbox, schema
 from quern.analytics.flatten import Flattener, to_json
 from quern.analytics.tally import Tally, add_rows, leaves_of, rows_as_leaves
 from quern.analytics.version import Version
+from quern.analytics.wide import value_column
 from quern.forms.fields import MAX_FIELDS
 from tests.app.analytics.desk import FIELDS, RESULTS, STEPS, Desk, moment
 
@@ -47,7 +47,7 @@ def _flat(document: dict[str, Any], version: Version = _VERSION) -> dict[str, li
 
 
 def _values(rows: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
-    return {(row["path"], row["item"]): row[schema.value_column(row["kind"])] for row in rows}
+    return {(row["path"], row["item"]): row[value_column(row["kind"])] for row in rows}
 
 
 def test_each_kind_of_answer_has_its_column() -> None:
@@ -250,24 +250,43 @@ def test_every_answer_comes_back_from_the_warehouse(desk: Desk) -> None:
     assert {row["fields"] for row in desk.rows("fact_response")} == {MAX_FIELDS}
 
 
-def test_a_versions_rows_become_columns(desk: Desk) -> None:
-    first = desk.submit(moment("2026-03-07"), {"code": "1", "topics": ["speed", "price"]})
+def test_sql_sees_the_responses_of_each_version_of_a_form_with_a_column_for_each_field(desk: Desk) -> None:
+    person = {"name": 'Ann "o\'Hara"', "age": 40}
+    answers = {"code": "1", "topics": ["speed", "price"], "agreed": True, "people": [{"age": -3.25}, person]}
+    first = desk.submit(moment("2026-03-07"), answers)
     desk.finish(first, RESULTS)
-    desk.publish([{"name": "code", "type": "number"}])
-    second = desk.submit(moment("2026-03-07"), {"code": 2})
+    desk.erase(desk.submit(moment("2026-03-07"), {"code": "gone"}))
+    desk.publish([{"name": "code", "type": "number"}, {"name": "Code", "type": "text"}], STEPS[3:])
+    second = desk.submit(moment("2026-03-08"), {"code": 2, "Code": "b"})
+    silent = desk.submit(moment("2026-03-08", 13), {})
     desk.run()
-    fields = [
-        ("answer", "code", "text", False),
-        ("answer", "topics", "multiple_choice", True),
-        ("result", "topic.label", "label", False),
+    old, new = (f"wide_{desk.form}_{version}" for version in (1, 2))
+
+    def rows(*sql: str) -> list[list[Any]]:
+        return sandbox.run(" ".join(sql), desk.manifest, [desk.tenant]).rows
+
+    asked = ["code", "topics", "agreed", "people.name", "people.age", "comment"]
+    columns = ", ".join(f'"answer.{path}"' for path in asked)
+    steps = '"result.topic.label", "result.mood.score", "result.gist.text"'
+    found = rows("SELECT response,", columns, ",", steps, "FROM", old)
+    names, results = "['Ann \"o\\'Hara\"']", ["praise", 0.5, "All was well."]
+    assert found == [[first, "1", "[speed, price]", True, names, "[-3.25, 40.0]", None, *results]]
+    # What a field became later is not what it was; a response without answers is one, an erased one is none.
+    assert rows("SELECT * EXCLUDE created FROM", new.upper(), "ORDER BY created") == [
+        [second, "processing", 2.0, "b"],
+        [silent, "processing", None, None],
     ]
-    files = [str(path) for path in desk.manifest.files("fact_answer", desk.tenant)]
-    with duckdb.connect() as connection:
-        connection.execute(f"CREATE VIEW fact_answer AS FROM read_parquet({files})")
-        old = connection.execute(schema.wide(desk.form, 1, fields)).fetchall()
-        new = connection.execute(schema.wide(desk.form, 2, [("answer", "code", "number", False)])).fetchall()
-    assert [(row[0], *row[2:]) for row in old] == [(first, "1", ["speed", "price"], "praise")]
-    assert [(row[0], *row[2:]) for row in new] == [(second, 2.0)]
+    both = f"{old} a, {new} b WHERE b.\"answer.Code_\" = 'b'"
+    assert rows('SELECT a."answer.code", b."answer.code" FROM', both) == [["1", 2.0]]
+    assert [row[0] for row in rows(f"DESCRIBE {new}")] == [
+        "response",
+        "created",
+        "status",
+        "answer.code",
+        "answer.Code_",
+    ]
+    with pytest.raises(sandbox.SqlError, match=r"wide_<form>_<version>"):
+        rows(f"FROM wide_{desk.form}_3")
 
 
 @pytest.mark.parametrize(

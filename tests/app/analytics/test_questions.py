@@ -19,7 +19,7 @@ from quern.analytics.duckdb_engine import DuckDbDialect, DuckDbEngine
 from quern.analytics.engine import Engine, Statement
 from quern.analytics.kept import Kept
 from quern.analytics.question import Measure, Question
-from quern.analytics.schema import quote
+from quern.analytics.wide import quote
 from quern.embedded.redis_server import RedisServer
 from quern.store import redis_connection
 from tests.app.analytics import chdb_server, plainly

@@ -23,7 +23,7 @@ from quern.analytics.confine import CONFINED
 from quern.analytics.manifest import Manifest
 from quern.analytics.sandbox import Limits, SandboxError, SqlError
 from quern.analytics.sandbox_child import open_database
-from tests.app.analytics.world import TENANTS, World, publish, world
+from tests.app.analytics.world import FORMS, TENANTS, World, publish, world
 
 MINE, OTHERS = TENANTS
 
@@ -58,6 +58,18 @@ def untouched(warehouse: Manifest, tmp_path: Path) -> Iterator[Path]:
 def test_a_statement_sees_every_row_of_its_tenant_and_none_of_another(house: World, warehouse: Manifest) -> None:
     found = sandbox.run("SELECT tenant, count(*) AS n FROM fact_response GROUP BY 1", warehouse, [MINE])
     assert found.rows == [[MINE, sum(item["tenant"] == MINE for item in house.responses)]]
+
+
+def test_a_forms_columns_are_its_own_tenants(house: World, warehouse: Manifest) -> None:
+    answered = [item for item in house.responses if item["status"] != "erased"]
+    count = {form: sum((item["form"], item["version"]) == (form, 1) for item in answered) for form in FORMS}
+    for form in FORMS:
+        mine, sql = house.owner(form) == MINE, f"SELECT count(*) FROM wide_{form}_1"  # noqa: S608
+        assert sandbox.run(sql, warehouse, TENANTS).rows == [[count[form]]]
+        assert sandbox.run(sql, warehouse, [MINE if mine else OTHERS]).rows == [[count[form]]]
+        for check in (True, False):
+            with pytest.raises(SqlError, match=f"wide_{form}_1 does not exist"):
+                sandbox.run(sql, warehouse, [OTHERS if mine else MINE], check=check)
 
 
 def test_the_operator_sees_all_tenants(house: World, warehouse: Manifest) -> None:
