@@ -55,6 +55,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["13.1", "served when"],
     ),
     "another processor": ({}, {"architecture": "aarch64"}, ["x86_64", "aarch64"]),
+    "a processor without AVX": ({"preflight_cpuinfo": "{{ models_folder }}/../cpuinfo"}, {}, ["AVX", "hypervisor"]),
     "too little memory": ({}, {"memtotal_mb": 1970}, ["MB of memory", "1970", "models_files"]),
     "caches larger than the memory": ({"mongodb_cache_gigabytes": 3}, {}, ["3072", "mongodb_cache_gigabytes"]),
     "a model larger than AI's share": ({"resources_ai_memory_percent": 6}, {}, ["resources_ai_memory_percent"]),
@@ -67,6 +68,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["firewall_ssh_networks", "192.0.2.7"],
     ),
     "a port that another holds": ({"TAKEN": "443"}, {}, ["ports 80 and 443", "python3"]),
+    "package sources that have no address": (
+        {"bundle_archive": ""},
+        {},
+        ["no address for", "packages.invalid", "/etc/resolv.conf"],
+    ),
     "a relay that has no address": (
         {"app_mail": {**MAIL, "host": "mail.invalid"}},
         {},
@@ -101,12 +107,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def preflight(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Preflight:
-    """Runs the play in a network of its own, where nobody listens and names come from /etc/hosts alone."""
+    """Runs the play in a network of its own, where nobody listens and names come from /etc/hosts alone.
+
+    What it finds in /etc/apt is a source of packages that has no address.
+    """
     folder = tmp_path_factory.mktemp("preflight")
     for name, size in {"chat.gguf": 200, "embedder.onnx": 20}.items():
         (folder / "models/m").mkdir(parents=True, exist_ok=True)
         with (folder / "models/m" / name).open("wb") as file:
             file.truncate(size * 2**20)
+    (folder / "cpuinfo").write_text("flags\t\t: fpu sse sse2 ssse3 sse4_1 sse4_2 popcnt\n")
+    (folder / "apt").mkdir()
+    (folder / "apt/sources.list").write_text("deb http://packages.invalid/debian bookworm main\n")
     inventory = folder / "hosts.yml"
     good = {
         "ansible_connection": "local",
@@ -118,7 +130,7 @@ def preflight(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pref
         "firewall_ssh_networks": ["192.0.2.0/24"],
         "models_folder": str(folder / "models"),
         "models_files": [{"model": "m", "file": name, "sha256": "0" * 64} for name in ("chat.gguf", "embedder.onnx")],
-        # Packages come from an archive: this machine's sources are not what is asked.
+        # Packages come from an archive: the names of their sources matter to nobody.
         "bundle_archive": "/somewhere/quern-bundle.tar",
     }
     inventory.write_text(json.dumps({"all": {"hosts": {"quern": good}}}))
@@ -128,8 +140,9 @@ def preflight(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pref
     environment |= {"TZ": "Europe/Berlin", "SSH_CLIENT": "192.0.2.7 50000 22"}
     # Facts are gathered once: each run is told its own.
     environment |= {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts")}
-    own = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
-    own += ["sh", "-c", f"ip link set lo up; {_LISTENER}", "sh"]
+    own = ["unshare", "--net", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    sources = f"mount --bind {folder}/apt /etc/apt"
+    own += ["sh", "-c", f"ip link set lo up && {sources} || exit 70; {_LISTENER}", "sh"]
 
     def run(values: dict[str, Any], facts: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         known = {**HOST, "date_time": {"epoch": str(int(time.time())), "iso8601": "now"}, **facts}
