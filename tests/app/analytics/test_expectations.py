@@ -68,4 +68,5 @@ def test_it_judges_as_the_comparison_does(desk: Desk, configured: Settings, tmp_
     _alter(desk, "value_text", {"b": "bb"})
     differs = subprocess.run([script, folder], capture_output=True, text=True, timeout=600, check=False, env=os.environ)
     assert differs.returncode == MISMATCH
-    assert any("expect_column_pair_values_to_be_equal text" in line for line in _unmet(differs.stdout)), differs.stdout
+    wanted = "expect_column_pair_values_to_be_equal answers_characters_mongodb answers_characters_warehouse"
+    assert wanted in _unmet(differs.stdout), differs.stdout
