@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from bson.timestamp import Timestamp
 from pymongo.change_stream import ChangeStream, DatabaseChangeStream
-from pymongo.errors import OperationFailure
+from pymongo.errors import NetworkTimeout, OperationFailure
 from pymongo.read_concern import ReadConcern
 
 from quern.analytics import source
@@ -130,6 +130,7 @@ def drain(db: Db, token: Token, pause: Callable[[], None] = lambda: None) -> Cha
 
     Raises:
         TokenLostError: the server does not go back that far.
+        PyMongoError: MongoDB is away, or did not reach the present in time; try again.
     """
     committed = _committed(db)
     changes, updated = Changes(token), {name: set[str]() for name in (*_DATED, "jobs")}
@@ -178,7 +179,8 @@ def _reach(
         if passed:
             return reached
         if time.monotonic() > limit:
-            raise TimeoutError("expected the change stream to reach the present, found it behind; run it again")
+            # As all that is cured by waiting (`is_away`).
+            raise NetworkTimeout("expected the change stream to reach the present, found it behind; run it again")
 
 
 def _token(stream: ChangeStream[Document]) -> Token:

@@ -1,10 +1,14 @@
 """The change stream brings every change once, whatever happens to the stream or the server."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,16 @@ import pytest
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
+from quern.analytics import follow
+from quern.analytics.integrity import verify
+from quern.analytics.manifest import NoWarehouseError
+from quern.config import Settings
 from quern.embedded.mongod import Mongod
 from quern.migrations import migrate
 from quern.store import clock
-from quern.store.connection import Document
+from quern.store.connection import Document, is_away
 from tests.app.analytics.desk import RESULTS, Desk, moment, yesterday
+from tests.app.api.client import until
 
 
 def _token(desk: Desk) -> dict[str, Any]:
@@ -156,3 +165,76 @@ def test_through_restarts_of_mongod_it_is_equal_in_the_end(own_mongod: Mongod, t
         assert desk.holds()
         assert {row["response"] for row in desk.rows("fact_response")} >= set(made)
         assert len(made) > 10
+
+
+def test_following_outlives_restarts_of_mongod_and_brings_what_came_after_them(
+    own_mongod: Mongod, settings: Settings, tmp_path: Path
+) -> None:
+    with MongoClient[Document](own_mongod.uri, tz_aware=True, w="majority", journal=True) as client:
+        db = client["quern"]
+        migrate(db)
+        desk = Desk(db, tmp_path)
+        desk.publish()
+        environment = {
+            **os.environ,
+            "QUERN_MONGODB_URI": own_mongod.uri,
+            "QUERN_MONGODB_DATABASE": db.name,
+            "QUERN_REDIS_QUEUE_URL": settings.redis_queue_url.get_secret_value(),
+            "QUERN_ANALYTICS__WAREHOUSE": str(desk.settings.warehouse),
+            "QUERN_ANALYTICS__EXTRACT": str(desk.settings.extract),
+            "QUERN_ANALYTICS__FOLLOW_SECONDS": "0.1",
+        }
+        command = [sys.executable, "-m", "quern.cli.main", "etl", "run", "--follow"]
+        said = tmp_path / "said"
+        with said.open("wb") as errors, subprocess.Popen(command, env=environment, stderr=errors) as following:
+            try:
+                made = {desk.submit(clock.now(), {"code": "before"})}
+                until(lambda: _published(desk, made))
+                for number, killed in enumerate((True, False, True), 1):
+                    (own_mongod.kill if killed else own_mongod.stop)()
+                    # It has noticed, and goes on.
+                    until(partial(_says_so, said, number))
+                    own_mongod.start()
+                    made.add(until(lambda: _submitted(desk)))
+                    until(lambda: _published(desk, made))
+                    assert following.poll() is None, said.read_text()
+            finally:
+                following.terminate()
+            assert following.wait(60) == 0, said.read_text()
+        assert "Traceback" not in said.read_text()
+        assert desk.holds()
+
+
+def _says_so(said: Path, times: int) -> bool:
+    return said.read_text().count("MongoDB is away") >= times
+
+
+def _submitted(desk: Desk) -> str | None:
+    try:
+        return desk.submit(clock.now(), {"code": "after"})
+    except PyMongoError:
+        return None
+
+
+def _published(desk: Desk, made: set[str]) -> bool:
+    """Whether the warehouse has these responses, and all else that MongoDB has: a run has nothing to do."""
+    try:
+        manifest = desk.manifest
+    except NoWarehouseError:
+        return False
+    if verify(desk.db, manifest).changed_since:
+        return False
+    return {row["response"] for row in desk.rows("fact_response")} >= made
+
+
+def test_a_stream_that_never_reaches_the_present_is_tried_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.submit(moment("2026-03-07"), {"code": "a"})
+    desk.run()
+    with monkeypatch.context() as slow:
+        slow.setattr(follow, "_PATIENCE", -1.0)
+        # Greater than any token, whose `_data` is of hexadecimal digits.
+        slow.setattr(follow, "_at", lambda db, moment: {"_data": "Z"})
+        with pytest.raises(PyMongoError, match="expected the change stream to reach the present") as caught:
+            desk.run()
+    assert is_away(caught.value)
+    assert desk.run().outcome == "unchanged"
