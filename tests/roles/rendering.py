@@ -37,6 +37,7 @@ OPTIONS: dict[str, Any] = {
         "QUERN_ENGINE_CHAT_MODEL": AWKWARD,
         "QUERN_ENGINE_PINNED": "one,two",
     },
+    "app_clickhouse_url": "https://[2001:db8::7]:8443",
     "base_ssh_root_by_key": False,
     "base_ssh_forwarding": True,
     "base_ssh_user": "operator",
@@ -56,7 +57,11 @@ OPTIONS: dict[str, Any] = {
     "nginx_alternative_names": ["www.example.org", "192.0.2.10", "2001:db8::1"],
     "nginx_waf_code_forms": ["frm_C0DE456789ABCDEFGHJKMNPQRS"],
     "nginx_waf_rules": ["SecRuleRemoveById 942100"],
-    "secrets_given": {"quern.quern_mail_password": "from Vault", "quern-forward.token": "from Vault"},
+    "secrets_given": {
+        "quern.quern_mail_password": "from Vault",
+        "quern-analytics.quern_clickhouse_password": "from Vault",
+        "quern-forward.token": "from Vault",
+    },
     "app_mail": {
         "host": "mail.example.org",
         "port": 465,

@@ -26,6 +26,7 @@ HOST: dict[str, Any] = {
     "memtotal_mb": 3934,
     "processor_vcpus": 2,
 }
+CLICKHOUSE = {"quern-analytics.quern_clickhouse_password": "from Vault"}
 MAIL = {"host": "127.0.0.1", "from_address": "forms@example.org"}
 
 #: What is given beside the good values, what is said of the host, and what the refusal names.
@@ -41,6 +42,21 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "mail from nobody": ({"app_mail": {"host": "127.0.0.1"}}, {}, ["app_mail", "from_address"]),
     "mail by a word that nobody knows": ({"app_mail": {**MAIL, "pass": "x"}}, {}, ["app_mail", "secrets_given"]),
     "mail by a port that is closed": ({"app_mail": {**MAIL, "port": 2525}}, {}, ["firewall_mail_ports", "2525"]),
+    "ClickHouse by its name": (
+        {"app_clickhouse_url": "http://clickhouse:8123", "secrets_given": CLICKHOUSE},
+        {},
+        ["app_clickhouse_url", "by its address"],
+    ),
+    "ClickHouse at no address": (
+        {"app_clickhouse_url": "http://10.0.0.777:8123", "secrets_given": CLICKHOUSE},
+        {},
+        ["app_clickhouse_url", "10.0.0.777"],
+    ),
+    "ClickHouse without a password": (
+        {"app_clickhouse_url": "http://10.0.0.7:8123"},
+        {},
+        ["quern-analytics.quern_clickhouse_password"],
+    ),
     "a network that is none": ({"firewall_webhook_networks": ["10.0.0.0/99"]}, {}, ["10.0.0.0/99"]),
     "two ports for SSH": ({"base_ssh_port": 2222, "firewall_ssh_port": 22}, {}, ["base_ssh_port", "2222"]),
     "a port that Ansible does not come by": ({"base_ssh_port": 2222}, {}, ["ansible_port", "2222"]),

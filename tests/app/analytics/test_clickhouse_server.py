@@ -8,7 +8,10 @@ import pytest
 
 from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
 from quern.analytics.engine import EngineError, Statement, TimedOutError
-from tests.app.analytics import chdb_server
+from quern.analytics.question import Measure, Question
+from quern.analytics.service import ProcessSettings, create_app, make_desk
+from tests.app.analytics import chdb_server, plainly
+from tests.app.analytics.world import TENANTS, publish, world
 
 _TEXT = pa.schema([pa.field("text", pa.string())])
 _NUMBER = pa.schema([pa.field("number", pa.int64())])
@@ -40,6 +43,38 @@ def test_a_statement_that_takes_too_long_is_ended_by_the_server(url: str) -> Non
     endless = "SELECT toInt64(sum(sipHash64(number))) AS number FROM numbers(1000000000000)"
     with pytest.raises(TimedOutError):
         _engine(url).run(Statement(endless, _NUMBER), 1)
+
+
+@pytest.mark.parametrize("password", [chdb_server.PASSWORD, "another-secret"])
+def test_settings_and_a_credential_make_the_service_answer_by_it(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str
+) -> None:
+    house, root, credentials = world(2), tmp_path / "warehouse", tmp_path / "credentials"
+    root.mkdir()
+    publish(house, root)
+    credentials.mkdir()
+    (credentials / "quern_clickhouse_password").write_text(password)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    chosen = {"ENGINE": "clickhouse", "CLICKHOUSE_URL": url, "CLICKHOUSE_USER": chdb_server.USER}
+    for name, value in {**chosen, "CLICKHOUSE_ROOT": str(root)}.items():
+        monkeypatch.setenv(f"QUERN_ANALYTICS__SERVICE__{name}", value)
+    monkeypatch.setenv("QUERN_ANALYTICS__WAREHOUSE", str(root))
+    settings = ProcessSettings()
+    desk = make_desk(settings)
+    question = Question(measure=Measure.RESPONSE_TIME, dimensions=["answer.sector"], statistics=["count", "max"])
+    asked = {"tenant": TENANTS[0], "question": question.model_dump(mode="json", by_alias=True)}
+    try:
+        answer = create_app(desk, settings).test_client().post("/page", json=asked)
+    finally:
+        desk.warehouse.engine.close()
+    if password == chdb_server.PASSWORD:
+        expected = plainly.answer(question, house, TENANTS[0])
+        assert answer.get_json()["rows"] == [pytest.approx(row) for row in expected]
+        assert len(expected) > 1
+    else:
+        # It is this server that was asked, and no other engine steps in.
+        assert answer.status_code == 500
+        assert "AUTHENTICATION_FAILED" in answer.get_json()["text"]
 
 
 def test_a_server_that_is_not_there_is_an_engine_that_fails() -> None:
