@@ -170,8 +170,12 @@ class _Asked:
                 begun = [entry["at"] for entry in item["log"] if entry["type"] == "running"]
                 return [(begun[0] - item["created"]).total_seconds() if begun else None]
             case Measure.JOB_RUN:
-                begun = [entry["at"] for entry in item["log"] if entry["type"] == "running"]
-                return [(item["log"][-1]["at"] - begun[0]).total_seconds() if begun else None]
+                tries = [
+                    (after["at"] - entry["at"]).total_seconds()
+                    for entry, after in itertools.pairwise(item["log"])
+                    if entry["type"] == "running"
+                ]
+                return [sum(tries) if tries else None]
         return [1.0]
 
     def _rating(self, item: Document) -> float | None:

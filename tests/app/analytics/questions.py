@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from quern.analytics.question import COUNTED, MEASURES, SPECIAL, Filter, Measure, Question, Stage
-from tests.app.analytics.world import FORMS, LABELS, SECTORS, SENTIMENTS, TIMES, TOPICS, USERS, World
+from tests.app.analytics.world import FORMS, LABELS, SECTORS, SENTIMENTS, TOPICS, USERS, World
 
 ZONES = ["UTC", "Europe/Berlin", "Asia/Kathmandu", "America/St_Johns"]
 OWN: dict[str, list[Any]] = {
@@ -61,7 +61,8 @@ def _dimensions(measure: Measure, asked: World, tenant: str | None) -> dict[str,
     for (form, _), (definition, _) in asked.versions.items():
         if tenant in (None, asked.owner(form)):
             found |= {name for name in SOMETIMES if all(f'"{part}"' in definition for part in name.split(".")[1:])}
-    return OWN | PATHS | {name: SOMETIMES[name] for name in found} | {"result.topic.scores": [0.5]}
+    named = {f"answer.{name}": [["parking"], [7.0]][place % 2] for place, name in enumerate(asked.names)}
+    return OWN | PATHS | named | {name: SOMETIMES[name] for name in found} | {"result.topic.scores": [0.5]}
 
 
 @st.composite
@@ -92,7 +93,9 @@ def questions(draw: st.DrawFn, asked: World, tenant: str | None) -> Question:
     made: dict[str, Any] = {"measure": measure, "time_zone": draw(st.sampled_from(ZONES))}
     made["filters"] = draw(st.lists(_filter(known), max_size=2))
     if draw(st.booleans()):
-        bounds = sorted(draw(st.sampled_from(TIMES)) + timedelta(hours=draw(st.integers(0, 80))) for _ in range(2))
+        bounds = sorted(
+            draw(st.sampled_from(asked.times)) + timedelta(hours=draw(st.integers(0, 80))) for _ in range(2)
+        )
         made["range"] = {"from": bounds[0], "before": bounds[1]} if draw(st.booleans()) else {"from": bounds[0]}
     if measure not in (Measure.TERMS, Measure.SIMILAR, Measure.COHORTS):
         names = sorted(known) + (["respondent"] if subject == "response" else [])
@@ -103,9 +106,9 @@ def questions(draw: st.DrawFn, asked: World, tenant: str | None) -> Question:
         made["grain"] = draw(st.sampled_from(["day", "week", "month", "quarter", "year"]))
         made["member"] = draw(st.sampled_from(["respondent", "user"]))
     if measure is Measure.ANSWER:
-        numeric = [
-            name for name in known if name in ("answer.stars", "answer.mixed", "answer.age", "answer.items.stars")
-        ]
+        numbers = ["answer.stars", "answer.mixed", "answer.age", "answer.items.stars"]
+        numbers += [f"answer.{name}" for name in asked.names[1::2]]
+        numeric = [name for name in known if name in numbers]
         made["of"] = draw(st.sampled_from([*sorted(numeric), "result.mood.score", "result.topic.scores"]))
     if measure is Measure.TERMS:
         made["of"] = draw(st.sampled_from([None, "answer.comment"]))

@@ -1,7 +1,8 @@
 """A small house of random forms, responses, jobs and audit entries, as MongoDB would hold them; and its warehouse."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,17 @@ Document = dict[str, Any]
 
 @dataclass
 class World:
-    """Documents as in MongoDB. `versions`: (form, number) to the version's two JSON texts."""
+    """Documents as in MongoDB. `versions`: (form, number) to the version's two JSON texts.
+
+    `names`: of further fields, which every version has: in turn of a text and of a number. `times`: around which days.
+    """
 
     versions: dict[tuple[str, int], tuple[str, str]]
     responses: list[Document]
     jobs: list[Document]
     audit: list[Document]
+    names: Sequence[str] = ()
+    times: Sequence[datetime] = field(default_factory=lambda: TIMES)
 
     def owner(self, form: str) -> str:
         return TENANTS[FORMS.index(form) % len(TENANTS)]
@@ -64,7 +70,7 @@ def _choice(name: str, values: list[str], kind: str = "choice") -> Document:
     return {"type": kind, "name": name, "options": [{"value": value} for value in values]}
 
 
-def _definition(source: random.Random, number: int) -> Document:
+def _definition(source: random.Random, number: int, names: Sequence[str]) -> Document:
     mixed = [{"type": "rating", "name": "mixed"}, _choice("mixed", TOPICS), {"type": "number", "name": "mixed"}]
     optional = [
         mixed[number % 3],
@@ -91,7 +97,8 @@ def _definition(source: random.Random, number: int) -> Document:
         {"type": "email", "name": "email"},
         {"type": "long_text", "name": "comment"},
     ]
-    return {"fields": [*always, *source.sample(optional, source.randint(3, len(optional)))]}
+    named = [{"type": ("text", "number")[place % 2], "name": name} for place, name in enumerate(names)]
+    return {"fields": [*always, *named, *source.sample(optional, source.randint(3, len(optional)))]}
 
 
 WORKFLOW: dict[str, list[Document]] = {
@@ -130,44 +137,48 @@ def _answers(source: random.Random, fields: list[Document]) -> Document:
     return {field["name"]: _answer(source, field) for field in fields if source.random() < 0.8}
 
 
-def _moment(source: random.Random) -> datetime:
-    return source.choice(TIMES) + timedelta(milliseconds=source.randint(0, 3 * 86_400_000))
+def _moment(source: random.Random, times: Sequence[datetime]) -> datetime:
+    return source.choice(times) + timedelta(milliseconds=source.randint(0, 3 * 86_400_000))
 
 
-def world(seed: int, count: int = 60) -> World:
+def world(seed: int, count: int = 60, *, names: Sequence[str] = (), times: Sequence[datetime] = TIMES) -> World:
     """A random house; the same seed makes the same."""
     source = random.Random(seed)
     versions = {}
-    definitions = {}
     for form in FORMS:
         for number in range(1, source.randint(1, 3) + 1):
-            definitions[form, number] = _definition(source, number)
-            versions[form, number] = orjson.dumps(definitions[form, number]).decode(), orjson.dumps(WORKFLOW).decode()
-    made = World(versions, [], [], [])
+            definition = _definition(source, number, names)
+            versions[form, number] = orjson.dumps(definition).decode(), orjson.dumps(WORKFLOW).decode()
+    made = World(versions, [], [], [], names, times)
+    grow(made, source, str(seed), count)
+    return made
+
+
+def grow(made: World, source: random.Random, label: str, count: int) -> None:
+    """Add random responses, jobs and audit entries; another label makes others."""
     for place in range(count):
-        form, number = source.choice(list(versions))
+        form, number = source.choice(list(made.versions))
         tenant = made.owner(form)
-        response = identifier.derived("rsp", str(seed), str(place))
-        created = _moment(source)
+        response = identifier.derived("rsp", label, str(place))
+        created = _moment(source, made.times)
         document: Document = {"_id": response, "tenant": tenant, "form": form, "version": number, "created": created}
         if source.random() < 0.08:
             made.responses.append({**document, "status": "erased", "erased": created})
             continue
-        _fill(source, made, document, definitions[form, number]["fields"])
-    made.jobs.extend(_without_response(source, seed, place) for place in range(count // 4))
+        _fill(source, made, document, orjson.loads(made.versions[form, number][0])["fields"])
+    made.jobs.extend(_without_response(source, made, label, place) for place in range(count // 4))
     for place in range(count // 2):
         tenant = source.choice(TENANTS)
         made.audit.append(
             {
-                "_id": identifier.derived("aud", str(seed), str(place)),
+                "_id": identifier.derived("aud", label, str(place)),
                 "tenant": tenant,
-                "at": _moment(source),
+                "at": _moment(source, made.times),
                 "actor": source.choice([*USERS, "operator"]),
                 "action": source.choice(["response.submitted", "form.published"]),
                 "subject": "x",
             }
         )
-    return made
 
 
 def _fill(source: random.Random, made: World, document: Document, fields: list[Document]) -> None:
@@ -211,14 +222,14 @@ def _fill(source: random.Random, made: World, document: Document, fields: list[D
         )
 
 
-def _without_response(source: random.Random, seed: int, place: int) -> Document:
+def _without_response(source: random.Random, made: World, label: str, place: int) -> Document:
     """The job of a request to `/v1`."""
-    created = _moment(source)
+    created = _moment(source, made.times)
     begun = created + timedelta(milliseconds=source.randint(0, 5000))
     ended = begun + timedelta(milliseconds=source.randint(0, 5000))
     return {
-        "_id": identifier.derived("job", str(seed), str(place)),
-        "subject": identifier.derived("air", str(seed), str(place)),
+        "_id": identifier.derived("job", label, str(place)),
+        "subject": identifier.derived("air", label, str(place)),
         "payload": {},
         "kind": "openai_chat",
         "queue": source.choice(["high", "batched"]),
