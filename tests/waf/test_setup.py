@@ -103,6 +103,34 @@ def test_a_command_in_an_answer_is_refused(send: Send, comment: str) -> None:
     assert send(attacks.request("POST", PATH, body=body)) == (403, False)
 
 
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "Our shop:\nLocation: Berlin\nOpen from 9 to 5",
+        'My letter began with\n\nContent-Type: text/html; charset="utf-8"',
+        'Мотылёк: "На мой век огоньков хватит!"',
+        'A los 9 años descubrí que no me llamaba "¡CÁLLATE!"',
+    ],
+)
+def test_quoted_words_and_headed_lines_are_prose(send: Send, comment: str) -> None:
+    assert send(attacks.answer(comment)) == (200, True)
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "x\r\nSet-Cookie: session=1",
+        "x\r\nContent-Length: 0\r\n\r\n",
+        "é' or 1=1 -- ",
+        "\uff07 or 1=1 -- ",
+        "%27 or 1=1 -- ",
+        "x' or 'ö'='ö",
+    ],
+)
+def test_sql_and_headers_in_an_answer_are_refused_whatever_their_letters(send: Send, comment: str) -> None:
+    assert send(attacks.answer(comment)) == (403, False)
+
+
 def test_a_long_body_is_searched_for_what_is_refused(send: Send) -> None:
     body = json.dumps({"answers": {"comment": "A sentence. " * 7000, "other": "<script>alert(1)</script>"}}).encode()
     assert send(attacks.request("POST", PATH, body=body)) == (403, False)
