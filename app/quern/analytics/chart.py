@@ -1,4 +1,4 @@
-"""An answer as a chart: lines over time, else bars. SVG or PNG, drawn without a display."""
+"""An answer as a chart: lines over time, a line for each cohort, else bars. SVG or PNG, drawn without a display."""
 
 import io
 import threading
@@ -30,6 +30,8 @@ _MARGIN: Final = 0.03
 _ZERO: Final = ("count", "sum")
 #: Its label, its periods, and a value (or None: a break) for each.
 Line = tuple[str, list[date], list[float | None]]
+#: Its label, and the share of it that was there in each period from its first.
+Cohort = tuple[str, list[float | None]]
 #: The warehouse's calendar: an axis goes no further, whatever range is asked for.
 _FIRST, _LAST = (datetime(day.year, day.month, day.day, tzinfo=UTC) for day in (calendar.FIRST, calendar.LAST))
 #: matplotlib keeps fonts and caches for the whole process.
@@ -39,7 +41,7 @@ _lock = threading.Lock()
 def chart(
     question: Question, table: pa.Table, form: ChartFormat, title: str | None = None, until: datetime | None = None
 ) -> bytes:
-    """Draw an answer: its first number, by its first column; further dimensions become series.
+    """Draw an answer: its first number, by its first column; further dimensions become series, and so do cohorts.
 
     The same answer gives the same bytes. A line goes through every period from the start of the question's range to
     its end, or to `until` (before which the warehouse is complete) if that is earlier: see `series`.
@@ -58,6 +60,8 @@ def drawn(question: Question, table: pa.Table, title: str | None, until: datetim
         axes.set_axis_off()
     elif BUCKET in table.column_names:
         _lines(axes, question, table, value, until)
+    elif question.measure is Measure.COHORTS:
+        _cohorts(axes, question, table, until)
     else:
         _bars(axes, question, table, value)
     axes.set_title(_safe(title or _title(question)), loc="left", fontsize=11, parse_math=False)
@@ -90,6 +94,29 @@ def series(question: Question, table: pa.Table, value: str, until: datetime | No
         (_label(key) if keys else value, *_filled(points, also, question, at)) for key, points in ordered[:_MOST_SERIES]
     ]
     return made, max(0, len(ordered) - _MOST_SERIES)
+
+
+def cohorts(question: Question, table: pa.Table, until: datetime | None) -> tuple[list[Cohort], int]:
+    """The greatest cohorts in order of time; and how many there are besides.
+
+    Each goes on until the end of the question's range, or what is complete of it: where nobody came back the share is
+    0, or where `top` may have cut it off a break.
+    """
+    found: dict[date, dict[int, float]] = {}
+    members: dict[date, int] = {}
+    for row in table.to_pylist():
+        found.setdefault(row["cohort"], {})[row["period"]] = row["share"]
+        members[row["cohort"]] = max(members.get(row["cohort"], 0), row["members"])
+    shown = sorted(sorted(found, key=lambda cohort: (-members[cohort], cohort))[:_MOST_SERIES])
+    last = max([*_ends(question, until), *found])
+    nobody = 0.0 if question.top is None or table.num_rows < question.top else None
+    made = []
+    for cohort in shown:
+        count, bucket = 0, cohort
+        while bucket <= last or count <= max(found[cohort]):
+            count, bucket = count + 1, neighbour(bucket, question.grain, question.time_zone, 1)
+        made.append((cohort.isoformat(), [found[cohort].get(period_, nobody) for period_ in range(count)]))
+    return made, len(found) - len(made)
 
 
 def _filled(
@@ -182,6 +209,18 @@ def _lines(axes: Any, question: Question, table: pa.Table, value: str, until: da
     axes.figure.autofmt_xdate()
     if len(found) > 1:
         _legend(axes, beyond)
+
+
+def _cohorts(axes: Any, question: Question, table: pa.Table, until: datetime | None) -> None:
+    found, beyond = cohorts(question, table, until)
+    for colour, (name, shares) in zip(_COLOURS, found, strict=False):
+        axes.plot(range(len(shares)), shares, color=colour, label=name, marker=".", linewidth=1.5)
+    axes.set_xlabel(f"{question.grain}s since the first")
+    axes.set_ylabel("share")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", alpha=0.3)
+    _legend(axes, beyond)
 
 
 def _legend(axes: Any, beyond: int) -> None:

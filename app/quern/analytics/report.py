@@ -35,6 +35,7 @@ def questions(asker: Asker, bounds: dict[str, Any], zone: str) -> Iterator[tuple
         ("Labels", {"measure": "responses", "grain": "week", "dimensions": ["label"], "statistics": ["count"]}),
         ("Ratings, scaled to 0…1", {"measure": "rating", "grain": "week"}),
         ("Length of the texts by user", {"measure": "response_length", "dimensions": ["user"]}),
+        ("Who came back, by the month of the first response", {"measure": "cohorts", "grain": "month"}),
         ("Words", {"measure": "terms", "min_length": 4, "top": 25}),
         ("What the queues cost", {"measure": "job_run", "dimensions": ["queue", "kind"], "statistics": ["sum", "p95"]}),
     ]

@@ -1,8 +1,10 @@
 """An answer becomes a picture, whatever its labels are; a report is one file that fetches and runs nothing."""
 
 import re
+import struct
 import xml.etree.ElementTree as ElementTree
-from datetime import UTC, date, datetime
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import pytest
 from matplotlib.dates import date2num
 
 from quern.analytics.answer import Warehouse
-from quern.analytics.chart import ChartFormat, chart, drawn
+from quern.analytics.chart import ChartFormat, chart, cohorts, drawn
 from quern.analytics.duckdb_engine import DuckDbEngine
 from quern.analytics.period import neighbour, period
 from quern.analytics.question import Grain, Measure, Question, Range
 from quern.analytics.report import write_report
-from tests.app.analytics.world import TENANTS, publish, world
+from tests.app.analytics.world import TENANTS, World, publish, world
 
 LABELS = Question(measure=Measure.RESPONSES, dimensions=["label"])
 HOSTILE = ["$\\frac{1}{0}$", "<script>alert(1)</script>", "a\nb", "\u202eabc", "日本語" * 30, "", None]
@@ -52,6 +54,98 @@ def test_every_series_of_a_trend_is_named() -> None:
     rows = pa.table({"bucket": days * 2, "label": ["x"] * 2 + ["y"] * 2, "count": [1, 2, 3, 4]})
     texts = "".join(ElementTree.fromstring(chart(question, rows, "svg")).itertext())  # noqa: S314
     assert {"x", "y"} <= set(texts.split())
+
+
+#: What each measure needs besides.
+NEEDS: dict[Measure, dict[str, Any]] = {
+    Measure.ANSWER: {"of": "answer.stars"},
+    Measure.COHORTS: {"grain": "month"},
+}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Warehouse]]:
+    """A random house, and how to ask of it."""
+    made, root = world(3), tmp_path_factory.mktemp("house")
+    publish(made, root)
+    engine = DuckDbEngine(root, threads=1, memory_megabytes=500)
+    yield made, Warehouse(root, engine, seconds=60)
+    engine.close()
+
+
+def texts_of(svg: bytes) -> set[str]:
+    root = ElementTree.fromstring(svg)  # noqa: S314 - made by ourselves
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    return {text.strip() for element in root.iter("{http://www.w3.org/2000/svg}text") for text in element.itertext()}
+
+
+@pytest.mark.parametrize("by_week", [False, True])
+@pytest.mark.parametrize("measure", sorted(Measure))
+def test_every_measure_is_drawn_in_both_formats(
+    house: tuple[World, Warehouse], measure: Measure, *, by_week: bool
+) -> None:
+    made, warehouse = house
+    asked = {"measure": measure, **NEEDS.get(measure, {})}
+    if measure is Measure.SIMILAR:
+        asked["of"] = next(item["_id"] for item in made.responses if "vector" in item.get("results", {}))
+    if by_week:
+        if measure in (Measure.TERMS, Measure.SIMILAR):
+            with pytest.raises(ValueError, match="takes no grain"):
+                Question.model_validate({**asked, "grain": "week"})
+            return
+        asked["grain"] = "week"
+    question = Question.model_validate(asked)
+    answer = warehouse.answer(question, None)
+    assert answer.table.num_rows > 1 or not by_week
+    texts = texts_of(chart(question, answer.table, "svg", until=answer.freshness.complete_until))
+    assert measure.value.replace("_", " ") in {text.split(" by ")[0] for text in texts}
+    assert "no data" not in texts
+    # An axis with numbers, and what they are.
+    assert any(re.fullmatch(r"\d+(\.\d+)?", text) for text in texts)
+    assert any(text.startswith(("count", "mean", "share", "responses", "similarity")) for text in texts)
+    png = chart(question, answer.table, "png", until=answer.freshness.complete_until)
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">4sII", png[12:24]) == (b"IHDR", 960, 480)
+
+
+def test_each_cohort_is_a_line_from_its_first_period_to_the_last_that_is_complete() -> None:
+    bounds = Range(start=datetime(2024, 1, 1, tzinfo=UTC), before=datetime(2026, 1, 1, tzinfo=UTC))
+    question = Question(measure=Measure.COHORTS, grain="month", range=bounds)
+    january, march = date(2024, 1, 1), date(2024, 3, 1)
+    rows = {
+        "cohort": [january, january, march, march],
+        "period": [0, 3, 0, 1],
+        "members": [4, 1, 2, 2],
+        "share": [1.0, 0.25, 1.0, 1.0],
+    }
+    (axes,) = drawn(question, pa.table(rows), None, datetime(2024, 5, 20, tzinfo=UTC)).axes
+    # Nobody came back in a month without a row: also in May, which has begun.
+    assert {str(line.get_label()): list(line.get_ydata()) for line in axes.lines} == {  # type: ignore[arg-type]
+        "2024-01-01": [1, 0, 0, 0.25, 0],
+        "2024-03-01": [1, 1, 0],
+    }
+    assert all(list(line.get_xdata()) == list(range(len(line.get_xdata()))) for line in axes.lines)  # type: ignore[arg-type]
+    assert axes.get_xlabel() == "months since the first"
+    cut = question.model_copy(update={"top": 4})
+    found, _ = cohorts(cut, pa.table(rows), datetime(2024, 4, 2, tzinfo=UTC))
+    assert [shares for _, shares in found] == [[1, None, None, 0.25], [1, 1]]
+
+
+def test_of_many_cohorts_the_greatest_are_drawn_and_the_others_counted() -> None:
+    question = Question(measure=Measure.COHORTS, grain="week")
+    weeks = [date(2024, 1, 1) + timedelta(weeks=number) for number in range(30)]
+    rows = [
+        (week, at - number, number + 1 if at == number else 1)
+        for number, week in enumerate(weeks)
+        for at in range(number, 30)
+    ]
+    names = ("cohort", "period", "members")
+    table = pa.table(dict(zip(names, zip(*rows, strict=True), strict=True)) | {"share": [0.5] * len(rows)})
+    texts = texts_of(chart(question, table, "svg"))
+    assert {text for text in texts if re.fullmatch(r"\d{4}-\d\d-\d\d", text)} == {
+        week.isoformat() for week in weeks[-8:]
+    }
+    assert "and 22 more" in texts
 
 
 Rows = list[tuple[date, float | None]]
@@ -178,6 +272,7 @@ def test_a_report_stands_alone(tmp_path: Path) -> None:
     start, until = datetime(2024, 1, 1, tzinfo=UTC), datetime(2025, 1, 2, tzinfo=UTC)
     made = write_report(warehouse, TENANTS[0], start, until, "Europe/Berlin")
     engine.close()
-    assert made.count("<svg") >= 12
+    assert made.count("<svg") >= 13
+    assert "months since the first" in made
     assert TENANTS[1] not in made
     assert not re.search(r"<script|<link|<iframe|\son\w+=|src=", made)
