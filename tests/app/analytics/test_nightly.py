@@ -1,9 +1,12 @@
 """The nightly run is a periodic job of the `low` queue; `quern etl` is the same by hand."""
 
 import os
+import pty
+import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -261,6 +264,35 @@ def test_a_tenant_that_there_is_not_is_refused_and_nothing_published(desk: Desk,
         assert found.exit_code == 1
         assert "found 'ten_none'; `quern tenant list`" in found.output
     assert desk.manifest.generation == 1
+
+
+def test_a_person_at_a_terminal_sees_how_far_a_rebuild_is(desk: Desk, configured: Settings) -> None:
+    for month in (8, 9, 10):
+        desk.submit(moment(f"2026-{month:02}-07"), {"code": "a"})
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "quern.cli.main", "etl", "rebuild"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment) as rebuilding:
+        os.close(theirs)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _until_closed(ours).decode())
+        assert rebuilding.stdout is not None
+        said = rebuilding.stdout.read().decode()
+        assert rebuilding.wait(60) == 0
+    # A response, its audit entry and four jobs, three times.
+    assert re.search(r"━ 3/3 0:\d\d:\d\d 18 documents, publishing", shown), shown
+    # What it says at the end is for programs, too, and these see no bar.
+    assert "18 documents" in said and "\x1b" not in said
+    assert _quern("rebuild").stderr == ""
+
+
+def _until_closed(terminal: int) -> bytes:
+    made = b""
+    # Reading fails once the other side is closed by all.
+    with suppress(OSError):
+        while part := os.read(terminal, 4096):
+            made += part
+    os.close(terminal)
+    return made
 
 
 def test_following_brings_each_change_until_it_is_stopped(
