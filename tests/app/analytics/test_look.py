@@ -1,7 +1,11 @@
 """`quern ask`, `quern sql` and `quern report`: an operator looks at the warehouse without the service."""
 
 import io
+import os
+import pty
 import stat
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -147,6 +151,16 @@ def test_every_format_is_printed_or_written_whole(house: World, tmp_path: Path, 
             "arrow": lambda source: pa.ipc.open_stream(source).read_all(),
         }[form]
         assert [list(row.values()) for row in read(io.BytesIO(made)).to_pylist()] == _rows(COST)
+
+
+def test_no_picture_is_printed_on_a_terminal(house: World) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "quern.cli.main", "ask", '{"measure": "responses"}', "--format", "png"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, timeout=300, check=False)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 1
+    assert b"expected --output FILE or a pipe for png, found a terminal" in done.stderr
 
 
 @pytest.mark.parametrize(
