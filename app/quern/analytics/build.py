@@ -15,7 +15,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
-from quern.analytics import extract, schema, source
+from quern.analytics import extract, schema, source, wide
 from quern.analytics.flatten import RESPONSE_OF_JOB, Flattener, audit_rows, job_rows, own_job_rows
 from quern.analytics.manifest import Manifest, Partition
 from quern.analytics.partition import PartitionWriter, batches_of
@@ -301,8 +301,8 @@ def rewrite(
     Args:
         relation: a table or view of `connection`, with the table's columns.
     """
-    columns = ", ".join(schema.name(column) for column in table.names)
-    order = ", ".join(schema.name(column) for column in table.order)
+    columns = ", ".join(wide.name(column) for column in table.names)
+    order = ", ".join(wide.name(column) for column in table.order)
     sorted_rows: pa.RecordBatchReader = connection.sql(
         f"SELECT {columns} FROM {relation} ORDER BY {order}"  # noqa: S608 - own names
     ).to_arrow_reader(_MERGED_ROWS)

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from quern.analytics import dimensions, schema
+from quern.analytics import dimensions, schema, wide
 from quern.analytics.build import open_duckdb
 from quern.analytics.integrity import days_in
 from quern.analytics.manifest import ALL, SHARED, Manifest, Partition, Retired, is_month
@@ -133,7 +133,7 @@ class Assembly:
         if place in self._work.merged:
             return self._work.merged[place]
         self._pause()
-        columns = ", ".join(schema.name(column) for column in table.names)
+        columns = ", ".join(wide.name(column) for column in table.names)
         # A view takes no parameters: the paths, our own, are written out.
         parts = []
         if news:
