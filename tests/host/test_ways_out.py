@@ -1,12 +1,16 @@
 """Out of the host go only those who must, and only where they must."""
 
+import itertools
 import json
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import yaml
 from testinfra.host import Host
 
 from tests.host.conftest import RECEIVER_PORT, Place
@@ -25,6 +29,7 @@ _WAYS: dict[tuple[str, int], set[str]] = {
 _ACCOUNTS = sorted(
     {*_NAMES, "quern-api", "quern-events", "quern-batched", "quern-engine", "quern-analytics", "quern-backup", "nobody"}
 )
+_METADATA = yaml.safe_load((Path(__file__).parent / "expected.yml").read_text())["metadata"]
 #: Each as its account, in the host's own network; one connection for all, since the host takes only so many a minute.
 _PROBE = """
 import json, os, pwd, socket, sys
@@ -36,7 +41,7 @@ def reaches(account, protocol, address, port):
         entry = pwd.getpwnam(account)
         os.setgroups([]); os.setgid(entry.pw_gid); os.setuid(entry.pw_uid)
         kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-        with socket.socket(socket.AF_INET, kind) as way:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as way:
             way.settimeout(10)
             way.connect((address, port))
             way.send(b"?")
@@ -73,14 +78,32 @@ def _answer(way: socket.socket, protocol: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def far_ends(place: Place) -> Iterator[None]:
-    """A machine beside the host that answers on every port of the table."""
+def beside(host: Host, place: Place) -> Iterator[dict[str, str]]:
+    """The addresses of a machine beside the host, by protocol; that of IPv6 is one of the internet's."""
+    network = f"2001:db8:{place.gateway.split('.')[2]}:"
+    interface = f"ve-{place.folder.name}"[:15]
+    address = ["ip", "-6", "address", "add", f"{network}:1/64", "dev", interface, "nodad"]
+    subprocess.run(address, check=True)
+    try:
+        host.check_output("ip -6 address add %s:2/64 dev host0 nodad", network)
+        host.check_output("ip -6 route add default via %s:1 dev host0", network)
+        yield {"IPv4": place.gateway, "IPv6": f"{network}:1"}
+    finally:
+        host.run("ip -6 route delete default via %s:1 dev host0", network)
+        host.run("ip -6 address delete %s:2/64 dev host0", network)
+        subprocess.run(["delete" if word == "add" else word for word in address[:-1]], check=True)
+
+
+@pytest.fixture(scope="module")
+def far_ends(beside: dict[str, str]) -> Iterator[None]:
+    """That machine answers on every port of the table."""
     with ExitStack() as stack:
-        for protocol, port in _WAYS:
+        for (protocol, port), address in itertools.product(_WAYS, beside.values()):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
             kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-            way = stack.enter_context(socket.socket(socket.AF_INET, kind))
+            way = stack.enter_context(socket.socket(family, kind))
             way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            way.bind((place.gateway, port))
+            way.bind((address, port))
             if protocol == "tcp":
                 way.listen(16)
             # Wakes what waits in accept() and recv(), which a mere close does not.
@@ -97,23 +120,25 @@ def _shut(way: socket.socket) -> None:
 
 
 @pytest.fixture(scope="module")
-def reached(host: Host, place: Place, far_ends: None) -> dict[tuple[str, int], set[str]]:
-    """Who reached which port."""
-    asked = [(account, *way) for way in _WAYS for account in _ACCOUNTS if host.user(account).exists]
-    given = json.dumps([(account, protocol, place.gateway, port) for account, protocol, port in asked])
+def reached(host: Host, beside: dict[str, str], far_ends: None) -> dict[tuple[str, str, int], set[str]]:
+    """Who reached which port, by which protocol."""
+    accounts = [account for account in _ACCOUNTS if host.user(account).exists]
+    asked = [(account, by, *way) for by in beside for way in _WAYS for account in accounts]
+    given = json.dumps([(account, protocol, beside[by], port) for account, by, protocol, port in asked])
     said = json.loads(host.check_output("printf %%s %s | python3 -c %s", given, _PROBE))
-    found: dict[tuple[str, int], set[str]] = {way: set() for way in _WAYS}
-    for (account, protocol, port), came in zip(asked, said, strict=True):
+    found: dict[tuple[str, str, int], set[str]] = {(by, *way): set() for by in beside for way in _WAYS}
+    for (account, *way), came in zip(asked, said, strict=True):
         if came:
-            found[protocol, port].add(account)
+            found[tuple(way)].add(account)
     return found
 
 
+@pytest.mark.parametrize("by", ["IPv4", "IPv6"])
 @pytest.mark.parametrize("way", _WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
 def test_names_time_and_packages_are_for_those_who_need_them(
-    reached: dict[tuple[str, int], set[str]], way: tuple[str, int]
+    reached: dict[tuple[str, str, int], set[str]], way: tuple[str, int], by: str
 ) -> None:
-    assert reached[way] == _WAYS[way]
+    assert reached[by, *way] == _WAYS[way]
 
 
 def test_the_webhook_sender_reaches_the_receiver(host: Host, place: Place, receiver: object) -> None:
@@ -127,17 +152,20 @@ def test_no_other_account_reaches_it(host: Host, place: Place, receiver: object,
     assert not reaches(host, account, place.gateway, RECEIVER_PORT)
 
 
+@pytest.mark.parametrize("address", _METADATA)
 @pytest.mark.parametrize("account", ["quern-webhooks", "quern-default", "_apt", "root"])
-def test_nobody_reaches_the_addresses_of_machine_credentials(host: Host, account: str) -> None:
-    before = _refused(host)
-    assert not reaches(host, account, "169.254.169.254", 80)
+def test_nobody_reaches_the_addresses_of_machine_credentials(
+    host: Host, beside: dict[str, str], account: str, address: str
+) -> None:
+    before = _refused(host, address)
+    assert not reaches(host, account, address, 80)
     # Not merely that nobody answers there: the rule counted it.
-    assert _refused(host) > before
+    assert _refused(host, address) > before
 
 
-def _refused(host: Host) -> int:
+def _refused(host: Host, address: str) -> int:
     rules = host.check_output("nft list chain inet quern output")
-    line = next(line for line in rules.splitlines() if "@metadata4" in line)
+    line = next(line for line in rules.splitlines() if ("@metadata6" if ":" in address else "@metadata4") in line)
     return int(line.split("packets ")[1].split()[0])
 
 
