@@ -123,13 +123,13 @@ def _shut(way: socket.socket) -> None:
 def reached(host: Host, beside: dict[str, str], far_ends: None) -> dict[tuple[str, str, int], set[str]]:
     """Who reached which port, by which protocol."""
     accounts = [account for account in _ACCOUNTS if host.user(account).exists]
-    asked = [(account, by, *way) for by in beside for way in _WAYS for account in accounts]
+    asked = [(account, by, protocol, port) for by in beside for protocol, port in _WAYS for account in accounts]
     given = json.dumps([(account, protocol, beside[by], port) for account, by, protocol, port in asked])
     said = json.loads(host.check_output("printf %%s %s | python3 -c %s", given, _PROBE))
     found: dict[tuple[str, str, int], set[str]] = {(by, *way): set() for by in beside for way in _WAYS}
-    for (account, *way), came in zip(asked, said, strict=True):
+    for (account, by, protocol, port), came in zip(asked, said, strict=True):
         if came:
-            found[tuple(way)].add(account)
+            found[by, protocol, port].add(account)
     return found
 
 
