@@ -1,12 +1,29 @@
-"""Logs stay within their bounds, without waiting for the night, and whoever writes them goes on."""
+"""What is to be done by itself is, at its time. Logs stay within their bounds, and whoever writes them goes on."""
 
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from testinfra.host import Host
 
 ACCESS = "/var/log/nginx/access.log"
 ACCOUNTING = "/var/log/account/pacct"
+
+TIMERS = yaml.safe_load((Path(__file__).parent / "expected.yml").read_text())["timers"]
+
+
+@pytest.mark.parametrize("name", TIMERS)
+def test_what_is_to_be_done_by_night_waits_for_it(host: Host, name: str) -> None:
+    """Now, after a reboot, and where the host was down at that time."""
+    asked = ("UnitFileState", "ActiveState", "Persistent", "Unit", "NextElapseUSecRealtime", "TimersCalendar")
+    lines = host.check_output("systemctl show %s.timer --property %s", name, ",".join(asked)).splitlines()
+    found: dict[str, Any] = dict(line.split("=", 1) for line in lines)
+    assert found.pop("NextElapseUSecRealtime")
+    assert f"OnCalendar={TIMERS[name]} ;" in found.pop("TimersCalendar")
+    wanted = {"UnitFileState": "enabled", "ActiveState": "active", "Persistent": "yes", "Unit": f"{name}.service"}
+    assert found == wanted
 
 
 @pytest.fixture
