@@ -61,7 +61,8 @@ def _dimensions(measure: Measure, asked: World, tenant: str | None) -> dict[str,
     for (form, _), (definition, _) in asked.versions.items():
         if tenant in (None, asked.owner(form)):
             found |= {name for name in SOMETIMES if all(f'"{part}"' in definition for part in name.split(".")[1:])}
-    named = {f"answer.{name}": [["parking"], [7.0]][place % 2] for place, name in enumerate(asked.names)}
+    values: list[list[Any]] = [["parking"], [7.0]]
+    named = {f"answer.{name}": values[place % 2] for place, name in enumerate(asked.names)}
     return OWN | PATHS | named | {name: SOMETIMES[name] for name in found} | {"result.topic.scores": [0.5]}
 
 

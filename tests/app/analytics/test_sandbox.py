@@ -222,8 +222,8 @@ def test_the_same_statement_does_its_work_where_nothing_holds_it(
     free = replace(machine, root=tmp_path_factory.mktemp("free"), empty=tmp_path_factory.mktemp("empty"))
     shutil.copytree(machine.root, free.root, dirs_exist_ok=True)
     own, other = (free.root / path.relative_to(machine.root) for path in (machine.own, machine.other))
-    settings = {"allow_unsigned_extensions": "true", "extension_directory": str(tmp_path_factory.mktemp("extensions"))}
-    with duckdb.connect(config=settings) as database:
+    extensions = str(tmp_path_factory.mktemp("extensions"))
+    with duckdb.connect(config={"allow_unsigned_extensions": "true", "extension_directory": extensions}) as database:
         database.execute(f"CREATE VIEW fact_response AS FROM read_parquet('{own}')")
         database.execute(replace(free, own=own, other=other).fill(statement)).to_arrow_table()
         # What is logged and measured is of the statements to come.
