@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from quern.analytics.answer import Warehouse
 from quern.analytics.clickhouse_engine import ClickHouseEngine, Server
 from quern.analytics.duckdb_engine import DuckDbEngine
+from quern.analytics.engine import Engine
 from quern.analytics.question import Question
 from quern.forms.fields import MAX_FIELDS, NAME
 from quern.store import clock
@@ -65,7 +66,7 @@ def _warehouses(desk: Desk, clickhouse: str) -> Iterator[list[Warehouse]]:
     """What a desk has published, for each engine."""
     root = desk.root / "warehouse"
     server = Server(clickhouse, chdb_server.USER, chdb_server.PASSWORD, 2000)
-    engines = [
+    engines: list[Engine] = [
         DuckDbEngine(root, threads=1, memory_megabytes=500),
         ClickHouseEngine(server, root, str(root)),
     ]
