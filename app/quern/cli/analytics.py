@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
     from quern.analytics.answer import Answer, Warehouse
+    from quern.analytics.chart import ChartFormat
     from quern.analytics.manifest import Manifest
     from quern.analytics.question import AnswerPage, Question
     from quern.analytics.render import Format
@@ -158,7 +159,7 @@ def _rendered(question: "Question", answer: "Answer", form: str) -> bytes:
     if form == "svg" or form == "png":
         from quern.analytics.chart import chart
 
-        return chart(question, answer.table, form, until=answer.freshness.complete_until)
+        return chart(question, answer.table, cast("ChartFormat", form), until=answer.freshness.complete_until)
     from quern.analytics.render import render
 
     return render(answer, cast("Format", form))
