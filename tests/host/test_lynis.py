@@ -17,7 +17,7 @@ def explained() -> set[str]:
     """Identifiers in the table of docs/security.md; `HTTP-6710/6714` names two."""
     page = (ROOT / "docs/security.md").read_text().split("## Lynis")[1].split("\n## ")[0]
     found = set()
-    for group, numbers in re.findall(r"\b([A-Z]{4})-(\d{4}(?:/\d{4})*)", page):
+    for group, numbers in re.findall(r"\b([A-Z]{3,4})-(\d{4}(?:/\d{4})*)", page):
         found |= {f"{group}-{number}" for number in numbers.split("/")}
     return found | {"LYNIS"}
 

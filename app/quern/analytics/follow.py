@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from bson.timestamp import Timestamp
 from pymongo.change_stream import ChangeStream, DatabaseChangeStream
-from pymongo.errors import NetworkTimeout, OperationFailure
+from pymongo.errors import AutoReconnect, NetworkTimeout, OperationFailure
 from pymongo.read_concern import ReadConcern
 
 from quern.analytics import source
@@ -106,12 +106,19 @@ def head(db: Db) -> Token:
 
 
 def _committed(db: Db) -> Timestamp:
-    """The last moment that a majority has. Raises TokenLostError where there is no replica set."""
+    """The last moment that a majority has.
+
+    Raises:
+        TokenLostError: there is no replica set.
+        AutoReconnect: its member is only starting.
+    """
     hello = db.client.admin.command("hello")
     try:
         committed: Timestamp = hello["lastWrite"]["majorityOpTime"]["ts"]
     except KeyError:
-        raise TokenLostError("expected a member of a replica set, found none; change streams need one") from None
+        if hello.get("isWritablePrimary") and "setName" not in hello:
+            raise TokenLostError("expected a member of a replica set, found none; change streams need one") from None
+        raise AutoReconnect("expected a member of a replica set, found one that is starting") from None
     return committed
 
 

@@ -79,7 +79,8 @@ def _warehouse() -> "Warehouse":
     "--rows", type=click.IntRange(1, 200_000), default=100, show_default=True, help="At most so many, of a table."
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of standard output.")
-def ask(question: str, tenant_id: str | None, form: str, rows: int, output: Path | None) -> None:
+@json_option
+def ask(question: str, tenant_id: str | None, form: str, rows: int, output: Path | None, as_json: bool) -> None:
     """Answer one QUESTION: JSON as the API takes it (docs/analytics.md), or `-` for standard input.
 
     A table ends after --rows; whatever else is printed has every row.
@@ -89,6 +90,7 @@ def ask(question: str, tenant_id: str | None, form: str, rows: int, output: Path
     from quern.analytics.manifest import NoWarehouseError
     from quern.analytics.plan import AskError
 
+    form = "json" if as_json else form
     if output is None and form in _BINARY and sys.stdout.isatty():
         fail(f"expected --output FILE or a pipe for {form}, found a terminal")
     if output is not None and form == "table":

