@@ -61,10 +61,10 @@ def wide(form: str, version: int, fields: Iterable[tuple[str, str, str, bool]]) 
     listed = "".join(f", {column}" for column in columns.values())
     # Every part is quoted.
     rows = f"form = {quote(form)} AND version = {int(version)}"
-    flat = f"SELECT response{listed} FROM fact_answer WHERE {rows} GROUP BY response"  # noqa: S608
-    own = f"SELECT response, created, status FROM fact_response WHERE {rows} AND status <> 'erased'"  # noqa: S608
+    flat = f"SELECT response{listed} FROM fact_answer WHERE {rows} GROUP BY response"
+    own = f"SELECT response, created, status FROM fact_response WHERE {rows} AND status <> 'erased'"
     # A response without any answer is one, too.
-    return f"SELECT * FROM ({own}) own LEFT JOIN ({flat}) flat USING (response)"  # noqa: S608
+    return f"SELECT * FROM ({own}) own LEFT JOIN ({flat}) flat USING (response)"
 
 
 def _leaves(fields: Iterable[tuple[str, str, str, bool]]) -> Iterable[tuple[str, str, str, bool]]:
