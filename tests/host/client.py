@@ -4,6 +4,7 @@ import json
 import ssl
 import time
 import urllib.request
+import uuid
 from typing import Any
 
 
@@ -15,8 +16,20 @@ class Client:
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         """The decoded answer. Raises urllib.error.URLError."""
-        given = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json", **headers}
         content = json.dumps(body).encode() if body is not None else None
+        return self._send(method, path, content, {"Content-Type": "application/json", **headers})
+
+    def upload(self, path: str, name: str, content: bytes, **values: str) -> Any:
+        """The decoded answer to a form with a file. Raises urllib.error.URLError."""
+        mark = uuid.uuid4().hex
+        part = f"--{mark}\r\nContent-Disposition: form-data; name="
+        head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in values.items())
+        head += f'{part}"file"; filename="{name}"\r\n\r\n'
+        body = head.encode() + content + f"\r\n--{mark}--\r\n".encode()
+        return self._send("POST", path, body, {"Content-Type": f"multipart/form-data; boundary={mark}"})
+
+    def _send(self, method: str, path: str, content: bytes | None, headers: dict[str, str]) -> Any:
+        given = {"Authorization": f"Bearer {self.key}", **headers}
         request = urllib.request.Request(self._url + path, content, given, method=method)
         with urllib.request.urlopen(request, context=self._trusting, timeout=60) as answer:
             return json.load(answer)

@@ -1,10 +1,13 @@
 """nginx: TLS as promised, nothing of the operator's from outside, problem documents for refusals."""
 
 import json
+import resource
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -72,16 +75,28 @@ def test_a_large_body_is_refused_with_a_problem_document(place: Place, trusting:
     assert json.load(refused.value)["status"] == 413
 
 
+def answering(address: str) -> list[int]:
+    """Every TCP port that lets somebody in."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    at_once = min(8000, most - 200)
+    found = []
+    for first in range(1, 65_536, at_once):
+        ways = {port: socket.socket() for port in range(first, min(first + at_once, 65_536))}
+        for port, way in ways.items():
+            way.setblocking(False)
+            way.connect_ex((address, port))
+        # The firewall answers nobody else; what gets lost is asked for again after a second.
+        time.sleep(2.5)
+        for port, way in ways.items():
+            with way, suppress(OSError):
+                way.getpeername()
+                found.append(port)
+    return found
+
+
 def test_nothing_but_the_promised_ports_answers(place: Place, expected: dict[str, Any]) -> None:
-    candidates = [21, 22, 25, 53, 80, 111, 443, 3000, 5432, 6379, 8080, 8081, 9090, 9100, 9121, 9216, 9460, 27017]
-    answering = []
-    for port in candidates:
-        try:
-            socket.create_connection((place.address, port), timeout=2).close()
-        except OSError:
-            continue
-        answering.append(port)
-    assert answering == expected["open_ports"]
+    assert answering(place.address) == expected["open_ports"]
 
 
 def test_an_attack_is_refused_and_prose_passes(place: Place, trusting: ssl.SSLContext, tenant_key: str) -> None:

@@ -12,7 +12,9 @@ from testinfra.host import Host
 
 from tests.host.client import Client
 from tests.host.conftest import ROOT, Place, Played, connect, place_of
-from tests.host.test_backup import owned
+from tests.host.test_analytics import fill
+from tests.host.test_backup import in_both, owned, settings, warehouse
+from tests.host.test_rotation import secret
 
 pytestmark = pytest.mark.full
 
@@ -49,11 +51,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def rested(host: Host) -> dict[str, str]:
+def rested(host: Host) -> dict[str, dict[str, str]]:
     """What tenants own, when no work is left that changes it."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     found = owned(host)
-    before: dict[str, str] = {}
+    before: dict[str, dict[str, str]] = {}
     while found != before:
         assert time.monotonic() < deadline, "expected the work to end"
         time.sleep(10)
@@ -80,9 +82,12 @@ def test_a_blank_host_without_a_connection_takes_over_from_another(
     form = client.form("To be taken over")
     made = client.call("POST", f"/api/v1/forms/{form}/responses", {"answers": {"comment": "Take me along."}})
     client.processed(made["id"], _PATIENCE_SECONDS)
-    kept = rested(host)
+    fill(host)
+    kept, files = rested(host), warehouse(host)
     copied = play("playbooks/backup.yml", backup_copy_to=str(tmp_path))
     assert copied.code == 0, copied.output
+    files = dict(files.items() & warehouse(host).items())
+    assert files
     password = host.check_output("quern-backup password")
     taken = play(
         "playbooks/restore.yml",
@@ -91,7 +96,12 @@ def test_a_blank_host_without_a_connection_takes_over_from_another(
         secrets_given={"quern-backup.restic_password": password},
     )
     assert taken.code == 0, taken.output
-    assert owned(other) == kept
+    assert in_both(kept, owned(other)) == kept
+    assert files.items() <= warehouse(other).items()
+    assert settings(other, "latest") == host.file("/etc/quern/quern.env").content_string
+    for name in ("quern.quern_secret_keys", "quern.quern_audit_key"):
+        # The value itself would be in the output of a failed test.
+        assert (secret(other, name) == secret(host, name)) is True, name
     authority = "/etc/quern/tls/authority.pem"
     assert other.file(authority).content == host.file(authority).content
     health = "curl -sf --cacert /etc/quern/tls/authority.pem --connect-to quern.test:443:127.0.0.1:443 https://quern.test/healthz"
