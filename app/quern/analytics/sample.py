@@ -93,7 +93,7 @@ class Sample:
             if keys:
                 yield day, differs(identity, keys)
             version = self._versions.get(document["form"], document["version"])
-            wanted.append((mark, identity, day, document, _response_row(document, version, -mark)))
+            wanted.append((mark, identity, day, document, _response_row(document, leaves, version, -mark)))
         yield from self._apart("fact_response", wanted)
 
     def _apart(self, table: str, wanted: Sequence[tuple[int, str, date, Document, Row]]) -> Iterator[tuple[date, str]]:
@@ -161,12 +161,12 @@ def _same(name: str, wanted: Any, found: Any) -> bool:
     return equal(wanted, found)
 
 
-def _response_row(document: Document, version: Version, digest: int) -> Row:
-    """What the response's row of `fact_response` must have."""
+def _response_row(document: Document, leaves: dict[Leaf, Any], version: Version, digest: int) -> Row:
+    """What the response's row of `fact_response` must have; `leaves`: the document's."""
     answers, results = document.get("answers") or {}, document.get("results") or {}
     tally, created, processed = Tally(), document["created"], document.get("processed")
     tally.add_documents([document])
-    given = {(path, item): value for (side, path, item), value in leaves_of(document).items() if side == "answer"}
+    given = {(path, item): value for (side, path, item), value in leaves.items() if side == "answer"}
     texts = [
         value
         for (path, _), value in given.items()
