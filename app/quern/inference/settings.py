@@ -48,7 +48,10 @@ class EngineSettings(BaseSettings):
     max_waiting: int = Field(1000, ge=1, le=100_000, description="requests in the engine; more are told to come again")
     default_deadline: float = Field(600.0, gt=0, le=86_400, description="for requests that bring none")
     step_timeout: float = Field(
-        120.0, gt=1, le=3600, description="a step that takes longer is taken for hung and killed"
+        120.0,
+        gt=1,
+        le=3600,
+        description="a step that takes longer, without its waiting for processors, is taken for hung and killed",
     )
     poll: Annotated[int, Field(ge=0, le=100)] | None = Field(
         None, description="how eagerly ggml's threads poll (they fight OpenBLAS's); default: measured"

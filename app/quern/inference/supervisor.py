@@ -44,6 +44,7 @@ from quern.inference.protocol import (
     TokenEvent,
 )
 from quern.inference.settings import EngineSettings
+from quern.inference.watchdog import Watchdog, threads_of
 
 log = logging.getLogger(__name__)
 
@@ -340,19 +341,18 @@ class Supervisor:
         return code
 
     async def _watch(self) -> None:
-        """End a step that takes for ever, and requests whose deadline the model process slept through."""
+        """End a step that hangs, and requests whose deadline the model process slept through."""
+        dog = Watchdog(self._settings.step_timeout)
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
-            now = time.monotonic()
-            for entry in self._record.read():
-                if now - entry.since > self._settings.step_timeout and self._process is not None:
-                    log.error(
-                        "a step hangs", extra={"seconds": round(now - entry.since, 1), "requests": len(entry.requests)}
-                    )
-                    self.counters["hangs_total"] += 1
-                    with contextlib.suppress(ProcessLookupError):
-                        self._process.send_signal(signal.SIGABRT)
-                    break
+            now, process = time.monotonic(), self._process
+            if process is not None and (entry := dog.hanging(self._record.read(), now, threads_of(process.pid))):
+                log.error(
+                    "a step hangs", extra={"seconds": round(now - entry.since, 1), "requests": len(entry.requests)}
+                )
+                self.counters["hangs_total"] += 1
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGABRT)
             self.expire()
 
     def _send(self, command: dict[str, Any]) -> None:
