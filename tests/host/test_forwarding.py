@@ -18,7 +18,7 @@ from testinfra.host import Host
 
 from quern.embedded.cache import cached
 from quern.embedded.certificate import ServerCertificate
-from tests.host.conftest import ROOT, Place, Played
+from tests.host.conftest import ROOT, Place, Played, told
 from tests.host.test_ways_out import reaches
 from tests.roles.conftest import PACKAGES
 from tests.waf.debian import unpacked
@@ -37,10 +37,10 @@ def forward_nothing_afterwards(play: Play) -> Iterator[None]:
     play("tests/host/plays/forwarding.yml", monitoring_forward="none")
 
 
-def written(host: Host) -> str:
-    """A line that is in the journal, and nowhere else in the world."""
+def written(place: Place) -> str:
+    """A line that is in the journal once, and nowhere else in the world: sudo writes down its arguments, too."""
     mark = f"mark-{uuid.uuid4().hex}"
-    host.check_output("logger -t quern-test -p user.warning %s", mark)
+    told(place, ["logger", "-t", "quern-test", "-p", "user.warning"], mark)
     return mark
 
 
@@ -159,7 +159,7 @@ class OtlpReceiver:
 
 
 def test_by_rsyslog(
-    host: Host, play: Play, place: Place, certificate: ServerCertificate, tmp_path_factory: pytest.TempPathFactory
+    play: Play, place: Place, certificate: ServerCertificate, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     receiver = SyslogReceiver(tmp_path_factory.mktemp("syslog"), place, certificate)
     try:
@@ -171,7 +171,7 @@ def test_by_rsyslog(
             monitoring_forward_authority=str(certificate.authority),
         )
         assert done.code == 0, done.output[-3000:]
-        mark = written(host)
+        mark = written(place)
         text = arrives(mark, receiver.log)
         (line,) = [line for line in text.splitlines() if mark in line]
         # RFC 5424: facility user, severity warning, version 1; the tag is the program's.
@@ -180,7 +180,7 @@ def test_by_rsyslog(
     finally:
         receiver.close()
     # Nobody listens any more. What is written meanwhile arrives later.
-    waiting = written(host)
+    waiting = written(place)
     again = SyslogReceiver(tmp_path_factory.mktemp("syslog-again"), place, certificate)
     try:
         arrives(waiting, again.log)
@@ -204,13 +204,13 @@ def test_by_otlp(
         deadline = time.monotonic() + PATIENCE_SECONDS
         while host.run("test -s /var/lib/quern-forward/cursor").rc != 0:
             assert time.monotonic() < deadline, host.check_output("journalctl -u quern-forward -o cat")
-            written(host)
-        text = arrives(written(host), receiver.log)
+            written(place)
+        text = arrives(written(place), receiver.log)
         assert "service.name: Str(" in text
         assert "SeverityText: WARN" in text
     finally:
         receiver.close()
-    waiting = written(host)
+    waiting = written(place)
     again = OtlpReceiver(tmp_path_factory.mktemp("otlp-again"), place, certificate)
     try:
         arrives(waiting, again.log)
