@@ -1,8 +1,8 @@
 """Which of the steps at work hang: what got no processor only waits its turn.
 
 The engine has what others leave. On a host that is driven to its limits a step may take minutes, most of them spent
-waiting for a processor; to end its process would lose the work and blame the request. So time does not count in which a
-thread of the process would run and hardly did, as `/proc/PID/task/TID/stat` tells (proc_pid_stat(5)). What sleeps for
+waiting for a processor; to end its process would lose the work and blame the request. So where a thread of the process
+runs or would, only the time counts that it ran, as `/proc/PID/task/TID/stat` tells (proc_pid_stat(5)). What sleeps for
 ever wants no processor, and what spins gets its part: both grow old.
 """
 
@@ -40,7 +40,7 @@ class Watchdog:
         self._threads: Mapping[str, Thread] = {}
 
     def hanging(self, entries: Iterable[Entry], now: float, threads: Mapping[str, Thread]) -> Entry | None:
-        """The first step that has had its time since it was first seen here.
+        """The first step that has had its time since it was first seen here, or since this was last said of it.
 
         Args:
             now: seconds of a clock that goes on.
@@ -48,13 +48,16 @@ class Watchdog:
         """
         listed, passed = list(entries), now - self._looked
         ran = max((thread.ran - self._threads.get(name, thread).ran for name, thread in threads.items()), default=0.0)
-        starved = ran < passed / 2 and any(thread.runnable for thread in threads.values())
-        counted = ran if starved else passed
+        counted = ran if any(thread.runnable for thread in threads.values()) else passed
         self._ages = {
             entry.since: self._ages[entry.since] + counted if entry.since in self._ages else 0.0 for entry in listed
         }
         self._looked, self._threads = now, threads
-        return next((entry for entry in listed if self._ages[entry.since] > self._patience), None)
+        for entry in listed:
+            if self._ages[entry.since] > self._patience:
+                self._ages[entry.since] = 0.0
+                return entry
+        return None
 
 
 def threads_of(process: int) -> dict[str, Thread]:

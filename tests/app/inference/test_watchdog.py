@@ -37,8 +37,8 @@ def looks(watchdog: Watchdog, seconds: int, state: Callable[[float], Mapping[str
     ],
     ids=["sleeping", "spinning", "unknown"],
 )
-def test_what_sleeps_or_spins_hangs(state: Callable[[float], Mapping[str, Thread]]) -> None:
-    assert looks(Watchdog(20), 30, state)[0] == 120.5
+def test_what_sleeps_or_spins_hangs_and_is_told_once(state: Callable[[float], Mapping[str, Thread]]) -> None:
+    assert looks(Watchdog(20), 30, state) == [120.5]
 
 
 def test_what_would_run_and_cannot_does_not_hang_until_it_has_run_for_its_time() -> None:
