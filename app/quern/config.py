@@ -122,7 +122,9 @@ class Settings(BaseSettings):
         None, description="the SMTP relay; without it email steps fail with a clear error"
     )
     mail_password: SecretStr | None = Field(
-        None, description="the relay's password; kept apart so that it can be a credential"
+        None,
+        description="the relay's password, where it wants a username; kept apart so that it can be a credential; "
+        "for worker default and `quern doctor` only",
     )
     webhook: WebhookSettings = WebhookSettings()
     job: JobSettings = JobSettings()

@@ -43,8 +43,6 @@ def faults(environment: Mapping[str, str]) -> list[str]:
     """One line a setting that is wrong, or that no part of this release reads."""
     for name, value in _PLACEHOLDERS.items():
         os.environ.setdefault(name, value)
-    if f"{PREFIX}MAIL__USERNAME" in environment:
-        os.environ.setdefault(f"{PREFIX}MAIL_PASSWORD", "not asked for")
     found = [
         f"{name}: expected the name of a setting, found one that nothing reads; app/quern/config.py has them all."
         for name in sorted(environment)

@@ -23,6 +23,8 @@ from quern.workflows import outbox
 
 #: Seconds that one check may take.
 _PATIENCE = 3.0
+#: Of each exchange with the relay: one that looks up who asks takes longer to greet than a service of the host.
+_RELAY_PATIENCE = 10.0
 _LEAST_FREE = 0.1
 #: Seconds after which a relay is late.
 _LATE = 10.0
@@ -111,11 +113,18 @@ def _check_engine() -> str:
 
 
 def _check_mail() -> str:
+    from quern.mail.send import MailError, probe
+
     settings = open_runtime().settings.mail
     if settings is None:
         raise RuntimeError("no relay is configured; email steps will fail")
-    with socket.create_connection((settings.host, settings.port), timeout=3):
-        return f"{settings.host}:{settings.port} answers"
+    bounded = settings.model_copy(update={"timeout_seconds": min(settings.timeout_seconds, _RELAY_PATIENCE)})
+    try:
+        probe(bounded)
+    except MailError as error:
+        raise RuntimeError(str(error)) from None
+    way = "answers" if settings.username is None else "lets us in"
+    return f"{settings.host}:{settings.port} {way}"
 
 
 def _http_get(bind: str, path: str) -> bytes:
@@ -224,7 +233,11 @@ CHECKS = [
         "Redis queue",
     ),
     Check("engine", _check_engine, "systemctl status quern-engine; check QUERN_ENGINE_SOCKET"),
-    Check("mail relay", _check_mail, "set QUERN_MAIL__HOST and QUERN_MAIL__FROM_ADDRESS, or check the relay"),
+    Check(
+        "mail relay",
+        _check_mail,
+        "set QUERN_MAIL__HOST and QUERN_MAIL__FROM_ADDRESS (on a host: app_mail), or check the relay",
+    ),
     Check("API", _check_api, "systemctl status quern-api@1; check QUERN_API_BIND"),
     Check("events", _check_events, "systemctl status quern-events; check QUERN_EVENTS_BIND"),
     Check("scheduler", _check_scheduler, "systemctl status quern-scheduler", "MongoDB"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import smtplib
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import EmailMessage
 from email.policy import SMTP
 
-from quern.mail.settings import MailSettings, TLSMode
+from quern.mail.settings import MailSettings, PasswordMissingError, TLSMode
 
 _ENHANCED_STATUS = re.compile(rb"\s*([245]\.\d{1,3}\.\d{1,3})\b")
 
@@ -42,18 +44,41 @@ def send(message: EmailMessage, recipients: tuple[str, ...], settings: MailSetti
     """Send the message to the envelope recipients, which need not be all that its To header names.
 
     The relay's certificate must be valid for its host name; a relay that does not offer STARTTLS gets nothing. A wrong
-    password is transient: it is the operator's to mend (or being rotated), and the mail is still good.
+    or missing password is transient: it is the operator's to mend (or being rotated), and the mail is still good.
 
     Raises TransientMailError, PermanentMailError.
     """
     data = message.as_bytes(policy=SMTP)
+    with _understood(settings), _connected(settings) as relay:
+        return _transact(relay, data, recipients, settings)
+
+
+def probe(settings: MailSettings) -> None:
+    """Greet the relay, encrypt and log in as `send` does, and part: what keeps mail back is known before there is any.
+
+    Raises TransientMailError.
+    """
+    with _understood(settings), _connected(settings):
+        pass
+
+
+@contextmanager
+def _connected(settings: MailSettings) -> Iterator[smtplib.SMTP]:
+    relay = _connect(settings)
     try:
-        relay = _connect(settings)
-        try:
-            receipt = _transact(relay, data, recipients, settings)
-            _quit(relay)
-        finally:
-            relay.close()
+        yield relay
+        _quit(relay)
+    finally:
+        relay.close()
+
+
+@contextmanager
+def _understood(settings: MailSettings) -> Iterator[None]:
+    """What goes wrong on the way to the relay, in words that quote nobody."""
+    try:
+        yield
+    except PasswordMissingError as error:
+        raise TransientMailError(str(error)) from None
     except smtplib.SMTPServerDisconnected:
         raise TransientMailError("the relay closed the connection or stopped answering") from None
     except ssl.SSLError as error:
@@ -64,11 +89,11 @@ def send(message: EmailMessage, recipients: tuple[str, ...], settings: MailSetti
     except (OSError, smtplib.SMTPException) as error:
         # smtplib's own errors quote the relay, and the relay quotes addresses: only the kind is kept.
         raise TransientMailError(f"could not talk to the relay ({type(error).__name__})") from None
-    return receipt
 
 
 def _connect(settings: MailSettings) -> smtplib.SMTP:
     """A relay that is greeted, encrypted and logged in to, as the settings say."""
+    login = settings.login
     tls = ssl.create_default_context()
     if settings.ca_file is not None:
         tls.load_verify_locations(cafile=settings.ca_file)
@@ -83,8 +108,8 @@ def _connect(settings: MailSettings) -> smtplib.SMTP:
         relay.ehlo_or_helo_if_needed()
         if settings.tls is TLSMode.STARTTLS:
             _start_tls(relay, tls)
-        if settings.username is not None and settings.password is not None:
-            _log_in(relay, settings.username, settings.password.get_secret_value())
+        if login is not None:
+            _log_in(relay, *login)
     except BaseException:
         relay.close()
         raise

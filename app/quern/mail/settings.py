@@ -19,6 +19,10 @@ class TLSMode(StrEnum):
     NONE = "none"
 
 
+class PasswordMissingError(Exception):
+    """The relay wants a user name, and this process was given no password for it."""
+
+
 class MailSettings(BaseModel):
     """The SMTP relay that takes all mail, and who it is from."""
 
@@ -33,7 +37,7 @@ class MailSettings(BaseModel):
     port: int = Field(587, ge=1, le=65_535)
     tls: TLSMode = TLSMode.STARTTLS
     ca_file: Path | None = Field(None, description="PEM file of authorities to trust besides the system's")
-    username: str | None = None
+    username: str | None = Field(None, min_length=1)
     password: SecretStr | None = None
     from_address: Address = Field(description="Address in From and in the envelope", examples=["forms@example.org"])
     from_name: str = Field("", max_length=100)
@@ -45,9 +49,25 @@ class MailSettings(BaseModel):
     def _secrets_travel_encrypted(self) -> MailSettings:
         if self.tls is TLSMode.NONE and not _is_loopback(self.host):
             raise ValueError(f"expected tls starttls or implicit for a relay elsewhere, found none for {self.host}")
-        if (self.username is None) != (self.password is None):
-            raise ValueError("expected both a username and a password, or neither")
         return self
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """The user name and the password; None where the relay wants none.
+
+        Asked of whoever talks to the relay, and not when settings are read: every process knows the user name, and
+        only those that send mail are given the password.
+
+        Raises PasswordMissingError.
+        """
+        if self.username is None:
+            return None
+        if self.password is None:
+            raise PasswordMissingError(
+                "expected a password for the relay's user name, found none; give it as QUERN_MAIL_PASSWORD "
+                "(on a host: secrets_given, quern.quern_mail_password)"
+            )
+        return self.username, self.password.get_secret_value()
 
     @property
     def domain(self) -> str:

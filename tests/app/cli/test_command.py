@@ -223,6 +223,8 @@ def test_the_doctor_finds_what_is_well_and_what_is_not(quern: Quern) -> None:
         ("QUERN_API_BIND", "unix:/nowhere/api.sock", "API"),
         ("QUERN_EVENTS_BIND", "127.0.0.1:1", "events"),
         ("QUERN_MAIL__PORT", "1", "mail relay"),
+        ("QUERN_MAIL__USERNAME", "forms", "mail relay"),
+        ("QUERN_MAIL__CA_FILE", "/etc/ssl/certs/ca-certificates.crt", "mail relay"),
         ("QUERN_MONGODB_DATABASE", "empty", "indexes"),
         ("QUERN_MONGODB_DATABASE", "empty", "workers"),
     ],

@@ -79,8 +79,9 @@ def test_with_credentials_only_who_logs_in_may_send(certificate: ServerCertifica
         with client:
             if tls == "starttls":
                 client.starttls(context=context)
-            with pytest.raises(smtplib.SMTPSenderRefused):
+            with pytest.raises(smtplib.SMTPSenderRefused) as refused:
                 client.send_message(letter())
+            assert refused.value.smtp_code == 530
             with pytest.raises(smtplib.SMTPAuthenticationError):
                 client.login("relay", "wrong")
             client.login(*CREDENTIALS)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from quern.mail.address import parse_address
 from quern.mail.compose import MAX_SUBJECT_LENGTH, MessageDraft, MessageRefusedError, compose, header_text
-from quern.mail.settings import MailSettings
+from quern.mail.settings import MailSettings, PasswordMissingError
 
 SETTINGS = MailSettings(host="127.0.0.1", from_address="forms@quern.example.com", from_name="Quern Förms")
 DATE = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -218,8 +218,17 @@ def test_loopback_may_go_without_tls(host: str) -> None:
     assert MailSettings.model_validate({"host": host, "tls": "none", "from_address": "a@example.com"}).host == host
 
 
-def test_the_password_is_not_shown_and_not_half_given() -> None:
+def test_the_password_is_not_shown() -> None:
     values = {"host": "relay.example.com", "from_address": "a@example.com", "username": "u"}
     assert "hunter2" not in repr(MailSettings.model_validate(values | {"password": "hunter2"}))
-    with pytest.raises(ValidationError, match="both a username and a password"):
-        MailSettings.model_validate(values)
+
+
+def test_a_user_name_without_a_password_hinders_only_who_logs_in() -> None:
+    values = {"host": "relay.example.com", "from_address": "a@example.com"}
+    assert MailSettings.model_validate(values).login is None
+    half = MailSettings.model_validate(values | {"username": "u"})
+    with pytest.raises(PasswordMissingError, match="QUERN_MAIL_PASSWORD"):
+        _ = half.login
+    assert MailSettings.model_validate(values | {"username": "u", "password": "hunter2"}).login == ("u", "hunter2")
+    with pytest.raises(ValidationError):
+        MailSettings.model_validate(values | {"username": ""})

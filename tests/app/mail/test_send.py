@@ -13,7 +13,7 @@ import pytest
 from quern.embedded.certificate import ServerCertificate, issue_certificate
 from quern.embedded.smtp_sink import SmtpSink
 from quern.mail.compose import MessageDraft, compose
-from quern.mail.send import PermanentMailError, Receipt, TransientMailError, send
+from quern.mail.send import PermanentMailError, Receipt, TransientMailError, probe, send
 from quern.mail.settings import MailSettings
 
 ADA, BOB, EVE = "ada@example.com", "bob@example.com", "eve@example.com"
@@ -69,6 +69,26 @@ def test_a_wrong_password_is_transient_and_names_neither_user_nor_password(
         with pytest.raises(TransientMailError, match="535") as caught:
             deliver(settings(sink.port, certificate, tls=mode, username="mallory", password="hunter2"))
         assert "mallory" not in str(caught.value) and "hunter2" not in str(caught.value)
+        assert sink.messages == []
+
+
+def test_a_user_name_without_a_password_is_transient_and_never_sent_unsigned(certificate: ServerCertificate) -> None:
+    with SmtpSink(tls="starttls", certificate=certificate) as sink:
+        half = settings(sink.port, certificate, tls="starttls", username="quern")
+        with pytest.raises(TransientMailError, match=r"expected a password .* QUERN_MAIL_PASSWORD"):
+            deliver(half)
+        with pytest.raises(TransientMailError, match="expected a password"):
+            probe(half)
+        assert sink.messages == []
+
+
+def test_a_probe_finds_what_would_keep_mail_back_and_leaves_nothing(certificate: ServerCertificate) -> None:
+    with SmtpSink(tls="starttls", certificate=certificate, credentials=("quern", "s3cret")) as sink:
+        probe(settings(sink.port, certificate, tls="starttls", username="quern", password="s3cret"))
+        with pytest.raises(TransientMailError, match="535"):
+            probe(settings(sink.port, certificate, tls="starttls", username="quern", password="hunter2"))
+        with pytest.raises(TransientMailError, match="certificate"):
+            probe(settings(sink.port, tls="starttls", username="quern", password="s3cret"))
         assert sink.messages == []
 
 
