@@ -12,7 +12,7 @@ from tests.roles.rendering import AWKWARD, FACTS, ROOT, load, render, variables
 _ENGINE = "etc/systemd/system/quern-engine.service"
 
 
-def _environment(file: Path) -> dict[str, str]:
+def environment_of(file: Path) -> dict[str, str]:
     """What a shell makes of an environment file; systemd reads one by the same rules (systemd.exec(5))."""
     script = 'set -a; . "$1"; exec env -0'
     done = subprocess.run(["env", "-i", "/bin/sh", "-c", script, "sh", str(file)], capture_output=True, check=True)
@@ -32,7 +32,7 @@ def _check(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_release_takes_the_settings_that_the_role_writes(host: Path) -> None:
-    done = _check(_environment(host / "etc/quern/quern.env"))
+    done = _check(environment_of(host / "etc/quern/quern.env"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -58,7 +58,7 @@ def test_every_value_reaches_the_processes_letter_by_letter(tmp_path: Path) -> N
     options = {"app_mail": {"host": "h", "from_address": "a@b.example", "from_name": AWKWARD}, "app_settings": {}}
     texts = {place: text for template, place, text in render(options) if place.endswith("quern.env")}
     (tmp_path / "quern.env").write_text(texts["etc/quern/quern.env"])
-    assert _environment(tmp_path / "quern.env")["QUERN_MAIL__FROM_NAME"] == AWKWARD
+    assert environment_of(tmp_path / "quern.env")["QUERN_MAIL__FROM_NAME"] == AWKWARD
 
 
 def test_the_engine_gets_its_own_settings_and_no_others(host: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_engine_gets_its_own_settings_and_no_others(host: Path) -> None:
     words = [word.replace("%%", "%") for line in lines for word in shlex.split(line)]
     given = dict(word.split("=", 1) for word in words)
     assert all(name.startswith("QUERN_ENGINE_") for name in given)
-    if AWKWARD in _environment(host / "etc/quern/quern.env").values():
+    if AWKWARD in environment_of(host / "etc/quern/quern.env").values():
         assert given["QUERN_ENGINE_CHAT_MODEL"] == AWKWARD
         assert given["QUERN_ENGINE_PINNED"] == "one,two"
     else:
