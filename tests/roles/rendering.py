@@ -76,6 +76,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "options": OPTIONS,
     "other choices": {
+        # As short as preflight takes it.
+        "app_mail": {"host": "mail.example.org", "from_address": "forms@example.org"},
+        "monitoring_mail_to": "ops@example.org",
         "monitoring_forward": "otlp",
         "monitoring_forward_endpoint": "https://collector.example.org:4318/v1/logs",
         "nginx_tls": "files",

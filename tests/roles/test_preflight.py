@@ -41,6 +41,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "forwarding to nowhere": ({"monitoring_forward": "rsyslog"}, {}, ["monitoring_forward_host"]),
     "mail from nobody": ({"app_mail": {"host": "127.0.0.1"}}, {}, ["app_mail", "from_address"]),
     "mail by a word that nobody knows": ({"app_mail": {**MAIL, "pass": "x"}}, {}, ["app_mail", "secrets_given"]),
+    "a relay's user without a password": ({"app_mail": {**MAIL, "username": "u"}}, {}, ["quern.quern_mail_password"]),
+    "alerts by a relay that nobody named": (
+        {"app_mail": {}},
+        {},
+        ["app_mail", "the alerts for monitoring_mail_to, ops@example.org", "or leave monitoring_mail_to out"],
+    ),
+    "alerts by TLS at a port where Alertmanager knows none": (
+        {"app_mail": {**MAIL, "tls": "implicit"}},
+        {},
+        ["monitoring_mail_to", "port 465", "found tls implicit with port 587"],
+    ),
     "mail by a port that is closed": ({"app_mail": {**MAIL, "port": 2525}}, {}, ["firewall_mail_ports", "2525"]),
     "ClickHouse by its name": (
         {"app_clickhouse_url": "http://clickhouse:8123", "secrets_given": CLICKHOUSE},
@@ -143,6 +154,7 @@ def preflight(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pref
         "nginx_domain": "forms.example.org",
         "base_ssh_authorized_keys": keys,
         "app_mail": MAIL,
+        "monitoring_mail_to": "ops@example.org",
         "firewall_ssh_networks": ["192.0.2.0/24"],
         "models_folder": str(folder / "models"),
         "models_files": [{"model": "m", "file": name, "sha256": "0" * 64} for name in ("chat.gguf", "embedder.onnx")],
@@ -184,6 +196,18 @@ def test_good_values_and_a_good_host_pass(preflight: Preflight) -> None:
     done = preflight({}, {})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "changed=0" in done.stdout
+
+
+def test_a_relay_that_wants_a_user_passes_with_its_password(preflight: Preflight) -> None:
+    mail = {**MAIL, "port": 465, "tls": "implicit", "username": "u"}
+    done = preflight({"app_mail": mail, "secrets_given": {"quern.quern_mail_password": "from Vault"}}, {})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from Vault" not in done.stdout + done.stderr
+
+
+def test_without_mail_and_alerts_by_mail_there_is_no_relay_to_name(preflight: Preflight) -> None:
+    done = preflight({"app_mail": {}, "monitoring_mail_to": ""}, {})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", list(REFUSALS))
