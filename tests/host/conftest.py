@@ -132,9 +132,17 @@ def receiver(place: Place, certificate: ServerCertificate) -> Iterator[Receiver]
         yield running
 
 
+def relay_login() -> tuple[str, str]:
+    """What molecule/inventory tells the host: without it, the relay takes no mail."""
+    known = json.loads((ROOT / "molecule/relay.json").read_text())
+    return known["username"], known["password"]
+
+
 @pytest.fixture(scope="session")
 def mail_relay(place: Place, certificate: ServerCertificate) -> Iterator[SmtpSink]:
-    with SmtpSink(host=place.gateway, port=MAIL_PORT, tls="starttls", certificate=certificate) as running:
+    with SmtpSink(
+        host=place.gateway, port=MAIL_PORT, tls="starttls", certificate=certificate, credentials=relay_login()
+    ) as running:
         yield running
 
 

@@ -1,8 +1,10 @@
 """The main job, from outside: a response in by TLS; AI results, a signed webhook and a mail out."""
 
+import json
 import time
 
 from standardwebhooks.webhooks import Webhook
+from testinfra.host import Host
 
 from quern.embedded.receiver import Receiver
 from quern.embedded.smtp_sink import SmtpSink
@@ -10,6 +12,14 @@ from tests.host.client import Client
 
 PATIENCE_SECONDS = 300
 COMMENT = "I waited two hours for my parcel, and the driver was rude. Please call me back about order 4711."
+
+
+def test_the_relay_lets_the_doctor_in(host: Host, mail_relay: SmtpSink) -> None:
+    """The relay of the tests takes nothing without the password, and the doctor logs in."""
+    checks = json.loads(host.run("quern doctor --json").stdout)
+    (found,) = [check for check in checks if check["check"] == "mail relay"]
+    assert found["ok"], found
+    assert found["found"].endswith("lets us in")
 
 
 def test_a_response_becomes_results_a_webhook_and_a_mail(

@@ -11,7 +11,7 @@ import pytest
 from testinfra.host import Host
 
 from tests.host.client import Client
-from tests.host.conftest import ROOT, Place, Played, connect, place_of
+from tests.host.conftest import ROOT, Place, Played, connect, place_of, relay_login
 from tests.host.test_analytics import fill
 from tests.host.test_backup import in_both, owned, settings, warehouse
 from tests.host.test_rotation import secret
@@ -93,7 +93,7 @@ def test_a_blank_host_without_a_connection_takes_over_from_another(
         "playbooks/restore.yml",
         environment=there,
         backup_copy_from=str(tmp_path / "quern-backup.tar"),
-        secrets_given={"quern-backup.restic_password": password},
+        secrets_given={"quern-backup.restic_password": password, "quern.quern_mail_password": relay_login()[1]},
     )
     assert taken.code == 0, taken.output
     assert in_both(kept, owned(other)) == kept

@@ -93,6 +93,12 @@ def test_no_secret_is_in_the_journal(shown: dict[str, Any]) -> None:
     assert shown["logs"] == {}
 
 
+def test_only_who_sends_mail_holds_the_relays_password(host: Host) -> None:
+    found = host.check_output("find /run/credentials -name quern_mail_password").split()
+    units = {"quern-worker@default.service", "prometheus-alertmanager.service"}
+    assert set(found) == {f"/run/credentials/{unit}/quern_mail_password" for unit in units}
+
+
 def test_no_account_of_another_service_opens_the_database(host: Host) -> None:
     assert host.run("runuser -u nobody -- test -r /run/mongodb/mongod.sock").rc != 0
     assert host.run("runuser -u nginx -- ls /run/mongodb").rc != 0

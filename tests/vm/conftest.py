@@ -1,5 +1,6 @@
 """The virtual machine that the tests share, the far ends beside it, and a client of the appliance."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from quern.embedded.smtp_sink import SmtpSink
 from tests.vm.client import Client
 from tests.vm.guest import Guest
 
+ROOT = Path(__file__).resolve().parents[2]
 RECEIVER_PORT = 8443
 MAIL_PORT = 2525
 
@@ -82,9 +84,14 @@ def receiver(certificate: ServerCertificate) -> Iterator[Receiver]:
 
 @pytest.fixture(scope="session")
 def mail_relay(certificate: ServerCertificate) -> Iterator[SmtpSink]:
-    """Takes the mail."""
+    """Takes the mail, of who logs in as the guest was told to."""
+    known = json.loads((ROOT / "molecule/relay.json").read_text())
     with SmtpSink(
-        host=os.environ.get("QUERN_VM_GATEWAY", "127.0.0.1"), port=MAIL_PORT, tls="starttls", certificate=certificate
+        host=os.environ.get("QUERN_VM_GATEWAY", "127.0.0.1"),
+        port=MAIL_PORT,
+        tls="starttls",
+        certificate=certificate,
+        credentials=(known["username"], known["password"]),
     ) as running:
         yield running
 
