@@ -1,10 +1,12 @@
 """A copy is made, is encrypted, says its age, and brings every document back."""
 
 import json
+import subprocess
 import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from testinfra.host import Host
@@ -219,3 +221,34 @@ def test_old_copies_go_and_the_promised_ones_stay(host: Host) -> None:
         assert len(wanted) < len(days)
     finally:
         host.run(_FORGET % " ".join(ours & set(copies(host))))
+
+
+def test_a_truncated_archive_leaves_the_copies_and_the_data_as_they_were(
+    host: Host,
+    client: Client,
+    response: str,
+    copied: dict[str, dict[str, str]],
+    play: Callable[..., Played],
+    tmp_path: Path,
+) -> None:
+    """With another password given, as for another host's copies: the own ones open as before."""
+    whole = tmp_path / "whole"
+    (whole / "data").mkdir(parents=True)
+    (whole / "data/piece").write_bytes(bytes(1 << 20))
+    subprocess.run(["tar", "-C", str(whole), "-cf", str(tmp_path / "quern-backup.tar"), "."], check=True)
+    archive = tmp_path / "quern-backup.tar"
+    archive.write_bytes(archive.read_bytes()[: 1 << 19])
+    before, password = copies(host), host.check_output("quern-backup password")
+    done = play(
+        "playbooks/restore.yml",
+        backup_copy_from=str(archive),
+        secrets_given={"quern-backup.restic_password": "A" * 43},
+    )
+    assert done.code != 0
+    assert "its own copies are as they were" in done.output
+    # The value itself would be in the output of a failed test.
+    assert (host.check_output("quern-backup password") == password) is True
+    assert copies(host) == before
+    assert client.call("GET", f"/api/v1/responses/{response}")["id"] == response
+    assert host.service("quern-backup.timer").is_running
+    assert [name for name in host.file("/var/backups").listdir() if name.startswith("quern.")] == []

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,8 +29,12 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import PyMongoError
+from quern_repository import Repository, RepositoryError, credential, held, say
 
 DATABASE = "quern"
+STATE = Path("/var/lib/quern-backup")
+#: The metrics of the last good copy, inside STATE: there is one, then.
+METRICS = "quern_backup.prom"
 #: What the database's content is worth nothing without: loaded as credentials, kept inside the encrypted repository.
 KEYS = ("quern_secret_keys", "quern_audit_key")
 TLS = ("tls-authority.pem", "tls-authority.key")
@@ -40,19 +44,9 @@ _BATCH_BYTES = 8 << 20
 _STILL_SECONDS = 1800
 
 
-def credential(name: str) -> str:
-    """A secret that systemd gave. Raises FileNotFoundError."""
-    return (Path(os.environ["CREDENTIALS_DIRECTORY"]) / name).read_text()
-
-
 def client() -> pymongo.MongoClient[dict[str, Any]]:
     """A connection with this unit's account."""
     return pymongo.MongoClient(credential("quern_mongodb_uri"), tz_aware=True)
-
-
-def say(text: str) -> None:
-    """Tell the operator and the journal."""
-    sys.stdout.write(f"quern-backup: {text}\n")
 
 
 def dump(folder: Path) -> dict[str, Any]:
@@ -153,54 +147,6 @@ def _digest_of(collection: Collection[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def passwords() -> list[str]:
-    """What opens the repository: during its rotation the new password, and the former one after it."""
-    return credential("restic_password").split(",")
-
-
-def restic(repository: str, *arguments: str, password: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run restic; its password reaches it through memory, and never by an argument or the environment."""
-    secret = os.memfd_create("password", 0)
-    try:
-        os.write(secret, (password or passwords()[0]).encode())
-        os.lseek(secret, 0, os.SEEK_SET)
-        place = {"RESTIC_REPOSITORY": repository, "RESTIC_PASSWORD_FILE": f"/dev/fd/{secret}"}
-        command = ["restic", *arguments]
-        return subprocess.run(command, env={**os.environ, **place}, text=True, check=True, pass_fds=[secret], **options)
-    finally:
-        os.close(secret)
-
-
-def opens(repository: str, password: str) -> bool:
-    """Whether the password opens the repository."""
-    try:
-        restic(repository, "cat", "config", password=password, capture_output=True)
-    except subprocess.CalledProcessError:
-        return False
-    return True
-
-
-def rekey(repository: str) -> None:
-    """Let the new password open the repository, and the former one no longer."""
-    new, *former = passwords()
-    if not opens(repository, new):
-        known = next((one for one in former if opens(repository, one)), "")
-        if not known:
-            return  # nothing was copied yet
-        added = os.memfd_create("added", 0)
-        try:
-            os.write(added, new.encode())
-            os.lseek(added, 0, os.SEEK_SET)
-            file = f"/proc/{os.getpid()}/fd/{added}"
-            restic(repository, "key", "add", "--new-password-file", file, password=known, stdout=subprocess.DEVNULL)
-        finally:
-            os.close(added)
-    listed = json.loads(restic(repository, "key", "list", "--json", stdout=subprocess.PIPE).stdout)
-    for key in listed:
-        if not key["current"]:
-            restic(repository, "key", "remove", key["id"], stdout=subprocess.DEVNULL)
-
-
 @contextmanager
 def still(folder: Path) -> Iterator[None]:
     """Nothing is published into a warehouse meanwhile, and nothing deleted: the lock is the one that the ETL takes.
@@ -224,10 +170,17 @@ def still(folder: Path) -> Iterator[None]:
         yield
 
 
-def backup(repository: str, state: Path, folders: list[str], keep: list[str]) -> None:
+def backup(place: str, state: Path, folders: list[str], keep: list[str]) -> None:
     """One copy, then the retention, then the check of the repository's structure, then the metric."""
     started = time.time()
-    staging = state / "staging"
+    with held(place, state) as repository:
+        manifest = _copy(repository, state / "staging", folders, keep)
+    counted = {name: item["count"] for name, item in manifest["collections"].items()}
+    _write_metrics(state / METRICS, time.time() - started, sum(counted.values()))
+    say(f"{sum(counted.values())} documents of {len(counted)} collections, as of {manifest['taken']}")
+
+
+def _copy(repository: Repository, staging: Path, folders: list[str], keep: list[str]) -> dict[str, Any]:
     if staging.exists():
         shutil.rmtree(staging)
     for part in ("database", "keys", "settings"):
@@ -239,21 +192,15 @@ def backup(repository: str, state: Path, folders: list[str], keep: list[str]) ->
             if source.exists():
                 (staging / "keys" / name).write_bytes(source.read_bytes())
         shutil.copy("/etc/quern/quern.env", staging / "settings/quern.env")
-        if not opens(repository, passwords()[0]):
-            # Refused by restic when there is one that another password opens.
-            restic(repository, "init", "--quiet")
         present = [folder for folder in folders if Path(folder).is_dir()]
         with ExitStack() as standing:
             for folder in present:
                 standing.enter_context(still(Path(folder)))
-            restic(repository, "backup", "--quiet", "--tag", "quern", "--host", "quern", str(staging), *present)
-        restic(repository, "forget", "--quiet", "--tag", "quern", "--group-by", "host,tags", "--prune", *keep)
-        restic(repository, "check", "--quiet")
+            repository.save([str(staging), *present])
+        repository.tidy(keep)
     finally:
         shutil.rmtree(staging)
-    counted = {name: item["count"] for name, item in manifest["collections"].items()}
-    _write_metrics(state / "quern_backup.prom", time.time() - started, sum(counted.values()))
-    say(f"{sum(counted.values())} documents of {len(counted)} collections, as of {manifest['taken']}")
+    return manifest
 
 
 def _write_metrics(path: Path, seconds: float, count: int) -> None:
@@ -272,9 +219,13 @@ def _write_metrics(path: Path, seconds: float, count: int) -> None:
     partial.replace(path)
 
 
-def fetch(repository: str, snapshot: str, target: Path) -> None:
-    """Unpack a copy into `target`."""
-    restic(repository, "restore", snapshot, "--quiet", "--tag", "quern", "--target", str(target))
+def fetch(place: str, state: Path, snapshot: str, target: Path, given: bool) -> None:
+    """Unpack a copy into `target`; of a repository that was given from elsewhere only when it is whole."""
+    with held(place, state) as repository:
+        repository.require()
+        if given:
+            repository.check()
+        repository.fetch(snapshot, target)
 
 
 def seal(keys: Path, credentials: Path, tls: Path) -> None:
@@ -301,14 +252,18 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="make a copy")
     run.add_argument("--repository", required=True)
-    run.add_argument("--state", type=Path, required=True)
+    run.add_argument("--state", type=Path, default=STATE)
     run.add_argument("--folder", action="append", default=[])
     run.add_argument("--keep", action="append", default=[], metavar="PERIOD=NUMBER")
     unpack = verbs.add_parser("fetch", help="unpack a copy into a folder")
     unpack.add_argument("--repository", required=True)
     unpack.add_argument("--snapshot", default="latest")
+    unpack.add_argument("--state", type=Path, default=STATE)
+    unpack.add_argument("--given", action="store_true", help="it came from elsewhere: check it first")
     unpack.add_argument("target", type=Path)
-    verbs.add_parser("rekey", help="after a rotation of the password").add_argument("--repository", required=True)
+    rekeying = verbs.add_parser("rekey", help="after a rotation of the password")
+    rekeying.add_argument("--repository", required=True)
+    rekeying.add_argument("--state", type=Path, default=STATE)
     listing = verbs.add_parser("list", help="show the copies")
     listing.add_argument("--repository", required=True)
     listing.add_argument("--json", action="store_true")
@@ -319,11 +274,13 @@ def main() -> None:
     sealing.add_argument("--credentials", type=Path, default=Path("/etc/credstore.encrypted"))
     sealing.add_argument("--tls", type=Path, default=Path("/etc/quern/tls"))
     given = parser.parse_args()
+    # restic sends a lock's process a SIGHUP to see whether it lives, and the number may be this one's by now.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     match given.verb:
         case "run":
             backup(given.repository, given.state, given.folder, [f"--keep-{period}" for period in given.keep])
         case "fetch":
-            fetch(given.repository, given.snapshot, given.target)
+            fetch(given.repository, given.state, given.snapshot, given.target, given.given)
         case "load":
             counted = load(given.folder)
             say(f"{sum(counted.values())} documents of {len(counted)} collections are back, all alike")
@@ -331,9 +288,12 @@ def main() -> None:
             given.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             dump(given.folder)
         case "rekey":
-            rekey(given.repository)
+            with held(given.repository, given.state) as repository:
+                repository.rekey(copied=(given.state / METRICS).exists())
         case "list":
-            restic(given.repository, "snapshots", "--no-lock", "--tag", "quern", *(["--json"] if given.json else []))
+            listed = Repository(given.repository)
+            listed.open()
+            listed.restic("snapshots", "--no-lock", "--tag", "quern", *(["--json"] if given.json else []))
         case "seal":
             seal(given.keys, given.credentials, given.tls)
 
@@ -341,6 +301,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (subprocess.CalledProcessError, ValueError, OSError, PyMongoError) as error:
+    except (subprocess.CalledProcessError, RepositoryError, ValueError, OSError, PyMongoError) as error:
         # PyMongo's texts can quote hosts, never the connection string's password.
         sys.exit(f"quern-backup: {type(error).__name__}: {error}")

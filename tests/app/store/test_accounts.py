@@ -140,6 +140,8 @@ def _backup() -> ModuleType:
 def test_a_copy_is_made_by_the_account_that_only_reads_and_brought_back_by_the_operators(
     guarded: Mongod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As Python finds the module beside it on a host: in the folder of the program that was started.
+    monkeypatch.syspath_prepend(str(accounts.ROLES / "backup/files"))
     backup, folder = _backup(), tmp_path / "copy"
     folder.mkdir()
     (tmp_path / "credentials").mkdir()
