@@ -7,13 +7,16 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 from testinfra.host import Host
 
-from tests.host.conftest import Place
+from tests.host.conftest import Place, Played
+
+_PLAY = "tests/host/plays/certificate.yml"
 
 
 def get(url: str, trusting: ssl.SSLContext, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -110,3 +113,18 @@ def test_an_attack_is_refused_and_prose_passes(place: Place, trusting: ssl.SSLCo
 def test_the_documentation_comes_from_the_cache(place: Place, trusting: ssl.SSLContext) -> None:
     found = [get(f"{place.url}/api/openapi.json", trusting)[1]["x-cache"] for _ in range(2)]
     assert found[1] == "HIT"
+
+
+def test_settings_that_nginx_would_not_start_with_fail_every_run_and_it_goes_on_with_the_old_ones(
+    place: Place, trusting: ssl.SSLContext, play: Callable[..., Played]
+) -> None:
+    try:
+        for _ in range(2):
+            refused = play(_PLAY, nginx_waf_rules=["SecRuleThatNobodyKnows On"])
+            assert refused.code != 0
+            assert "[emerg]" in refused.output
+            assert get(f"{place.url}/healthz", trusting)[0] == 200
+    finally:
+        mended = play(_PLAY)
+    assert mended.code == 0, mended.output
+    assert play(_PLAY).changed == []
