@@ -68,7 +68,8 @@ def opened(place: Place, content: dict[str, str]) -> dict[str, bool]:
 def test_secrets_are_rotated_without_a_failed_request(
     host: Host, place: Place, client: Client, trusting: ssl.SSLContext, play: Callable[..., Played]
 ) -> None:
-    files = host.file("/etc/credstore.encrypted").listdir()
+    # What the inventory gives is the operator's to change.
+    files = [file for file in host.file("/etc/credstore.encrypted").listdir() if file != "quern.quern_mail_password"]
     before = {file: secret(host, file) for file in files}
     form = client.form("While secrets change")
     with Load(place.address, client.key, form, trusting) as load:
