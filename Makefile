@@ -63,7 +63,7 @@ test-roles: setup ansible ## every template of every role, judged by the program
 test-host: setup ansible ## the whole site.yml on a blank Debian host in systemd-nspawn (root), then its tests
 	@scripts/test-host core
 
-test-host-full: setup ansible ## the same, then every operator verb: restore on a second host, air-gapped, ACME
+test-host-full: setup ansible ## the same, then every operator verb: restore on a second host, air-gapped, rotations
 	@scripts/test-host full
 
 test-role: setup ansible ## one role on a blank host, with what it stands on: make test-role ROLE=redis (base, firewall, models, mongodb, nginx, redis, secrets)

@@ -13,6 +13,8 @@ from tests.host.client import Client
 from tests.host.conftest import Place, Played, told
 from tests.host.load import Load
 
+pytestmark = pytest.mark.full
+
 #: Tries each address of a JSON object; a refusal that names anything but the password is an error.
 _LOG_IN = """
 import json, sys
@@ -106,7 +108,6 @@ def failing(host: Host, unit: str, command: str) -> Iterator[None]:
         host.check_output("rm -r %s && systemctl daemon-reload", folder)
 
 
-@pytest.mark.full
 def test_an_interrupted_rotation_goes_on_without_a_failed_request(
     host: Host, place: Place, client: Client, trusting: ssl.SSLContext, play: Callable[..., Played]
 ) -> None:
