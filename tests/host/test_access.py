@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from testinfra.host import Host
@@ -124,20 +125,48 @@ def test_a_configuration_that_locks_the_operator_out_is_taken_back(
     assert host.file("/etc/ssh/sshd_config.d/10-quern.conf").content == before
 
 
+def test_a_key_that_is_no_longer_named_opens_nothing_and_the_operators_own_is_never_lost(
+    host: Host, place: Place, play: Callable[..., Played], tmp_path: Path
+) -> None:
+    file = "/home/admin/.ssh/authorized_keys"
+    other = tmp_path / "other"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "other", "-f", str(other)], check=True)
+    own, withdrawn = _public(place).strip(), other.with_suffix(".pub").read_text().strip()
+    try:
+        assert play("tests/host/plays/ssh.yml", base_ssh_authorized_keys=[own, withdrawn]).code == 0
+        assert _comes_in(place, "admin", other).returncode == 0
+        assert play("tests/host/plays/ssh.yml", base_ssh_authorized_keys=[own]).code == 0
+        assert "Permission denied" in _comes_in(place, "admin", other).stderr
+
+        # One by which the operator would not come in.
+        shut = play("tests/host/plays/ssh.yml", base_ssh_authorized_keys=[withdrawn])
+        assert shut.code != 0
+        assert "the old one is back" in shut.output
+        assert host.file(file).content_string.strip() == own
+        assert host.check_output("ls /home/admin/.ssh").split() == ["authorized_keys"]
+    finally:
+        assert play("tests/host/plays/ssh.yml").code == 0
+    assert play("tests/host/plays/ssh.yml").changed == []
+
+
 def test_root_comes_in_by_no_key(host: Host, place: Place) -> None:
     # The one by which the first run came in.
     assert host.file("/root/.ssh/authorized_keys").content_string.strip() in _public(place)
-    known = f"UserKnownHostsFile={place.known_hosts}"
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", known, "-i", str(place.key)]
-    asked = {
-        account: subprocess.run(
-            [*command, f"{account}@{place.address}", "true"], capture_output=True, text=True, check=False, timeout=300
-        )
-        for account in ("admin", "root")
-    }
+    asked = {account: _comes_in(place, account, place.key) for account in ("admin", "root")}
     assert asked["admin"].returncode == 0, asked["admin"].stderr
     assert asked["root"].returncode == 255
     assert "Permission denied" in asked["root"].stderr
+
+
+def _comes_in(place: Place, account: str, key: Path) -> subprocess.CompletedProcess[str]:
+    options = ["BatchMode=yes", "ControlPath=none", "IdentitiesOnly=yes", f"UserKnownHostsFile={place.known_hosts}"]
+    return subprocess.run(
+        ["ssh", *(f"-o{option}" for option in options), "-i", str(key), f"{account}@{place.address}", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def _public(place: Place) -> str:

@@ -12,6 +12,13 @@ from tests.host.conftest import Place, Played
 from tests.host.load import Load
 
 
+_COMMENTED = """
+import sys, zipfile
+with zipfile.ZipFile(sys.argv[1], "a") as wheel:
+    wheel.comment = b"other"
+"""
+
+
 @pytest.fixture(scope="module")
 def form(client: Client) -> str:
     return client.form("Under load")
@@ -102,6 +109,30 @@ def test_a_setting_by_which_nothing_serves_is_taken_back(
     assert "the previous release is back" in done.output or "from before are back" in done.output
     assert host.file("/etc/quern/quern.env").content_string == before
     assert load.failures == []
+
+
+@pytest.mark.full
+def test_another_engine_is_another_release_and_rollback_brings_the_one_before_back(
+    host: Host, play: Callable[..., Played]
+) -> None:
+    before = active(host)
+    environment = host.check_output("readlink /opt/quern/current/environment")
+    (wheel,) = host.check_output("ls /opt/quern/wheels/llama/llama_cpp_python-*.whl").split()
+    host.check_output("cp -p %s /root/wheel", wheel)
+    try:
+        # Other bytes that install as the same.
+        host.check_output("python3 -c %s %s", _COMMENTED, wheel)
+        done = play("playbooks/deploy.yml")
+        assert done.code == 0, done.output
+        assert active(host) != before
+        other = host.check_output("readlink /opt/quern/current/environment")
+        assert other != environment
+        assert other in host.check_output("cat /proc/$(systemctl show -p MainPID --value quern-engine)/maps")
+        assert play("playbooks/rollback.yml").code == 0
+        assert active(host) == before
+        assert host.check_output("readlink /opt/quern/current/environment") == environment
+    finally:
+        host.check_output("mv /root/wheel %s", wheel)
 
 
 def test_the_operator_goes_back_to_the_release_before(host: Host, play: Callable[..., Played]) -> None:

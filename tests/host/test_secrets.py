@@ -1,10 +1,13 @@
 """Secrets are sealed at rest and shown to nobody."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from testinfra.host import Host
+
+from tests.host.conftest import Played
 
 #: Opens every credential and looks for its secrets wherever somebody could read them; it prints names, never a secret.
 #: Only what is too long to occur by chance is a secret: a password of 256 bits, or a part of a keyfile, ring or list.
@@ -97,6 +100,21 @@ def test_only_who_sends_mail_holds_the_relays_password(host: Host) -> None:
     found = host.check_output("find /run/credentials -name quern_mail_password").split()
     units = {"quern-worker@default.service", "prometheus-alertmanager.service"}
     assert set(found) == {f"/run/credentials/{unit}/quern_mail_password" for unit in units}
+
+
+def test_a_first_key_that_was_moved_away_is_not_made_again(host: Host, play: Callable[..., Played]) -> None:
+    count = "quern tenant list --json | python3 -c 'import json, sys; print(len(json.load(sys.stdin)))'"
+    before = host.check_output(count)
+    host.check_output("mv /root/quern-first-key.json /root/elsewhere.json")
+    try:
+        done = play("playbooks/verify.yml")
+        assert done.code == 0, done.output
+        assert done.changed == []
+        assert "The first key is where you keep it" in done.output
+        assert host.check_output(count) == before
+        assert not host.file("/root/quern-first-key.json").exists
+    finally:
+        host.check_output("mv /root/elsewhere.json /root/quern-first-key.json")
 
 
 def test_no_account_of_another_service_opens_the_database(host: Host) -> None:

@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -167,6 +168,41 @@ def _refused(host: Host, address: str) -> int:
     rules = host.check_output("nft list chain inet quern output")
     line = next(line for line in rules.splitlines() if ("@metadata6" if ":" in address else "@metadata4") in line)
     return int(line.split("packets ")[1].split()[0])
+
+
+_LEASE = """
+import socket
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as way:
+    way.bind(("::", 546))
+    way.settimeout(120)
+    print("listens", flush=True)
+    print(way.recv(16).decode())
+"""
+
+
+def test_only_what_leases_addresses_reaches_the_port_of_leases(host: Host, place: Place) -> None:
+    interface = f"ve-{place.folder.name}"[:15]
+    (address,) = host.check_output("ip -6 -o addr show dev host0 scope link | awk '{print $4}'").split()
+    there = (address.split("/")[0], 546, 0, socket.if_nametoindex(interface))
+    unit = "quern-test-lease"
+    host.check_output("systemd-run --quiet --collect --unit=%s python3 -u -c %s", unit, _LEASE)
+    said = f"journalctl -u {unit} -o cat --since=-5min"
+    try:
+        with (
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server,
+            socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as stranger,
+        ):
+            server.bind(("::", 547))
+            deadline = time.monotonic() + 100
+            while "lease" not in (heard := host.check_output(said)):
+                assert time.monotonic() < deadline, heard
+                if "listens" in heard:
+                    stranger.sendto(b"stranger", there)
+                    server.sendto(b"lease", there)
+                time.sleep(1)
+    finally:
+        host.run("systemctl stop %s", unit)
+    assert "stranger" not in heard
 
 
 def test_forwarding_is_refused(host: Host) -> None:
