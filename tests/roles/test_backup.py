@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
+from tests.roles.conftest import served
 from tests.roles.rendering import ROLES
 from tests.waf.debian import unpacked
 
 FILES = ROLES / "backup/files"
 KEEP = ["--keep-daily", "1"]
-_SECONDS = 60
+_SECONDS = 600
 #: What a run of restic that was killed may have been doing.
 INTERRUPTED = {
     "copy": ["backup", "--quiet", "--tag", "quern", "--host", "quern"],
@@ -30,11 +31,11 @@ INTERRUPTED = {
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FILES))
-    import quern_repository  # type: ignore[import-not-found]
+    import quern_repository
 
-    return SimpleNamespace(**vars(quern_repository))
+    return quern_repository
 
 
 class Place:
@@ -112,7 +113,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 
 @pytest.fixture
-def copy(place: Place, module: SimpleNamespace) -> Callable[[], None]:
+def copy(place: Place, module: ModuleType) -> Callable[[], None]:
     """What a night does with the repository."""
 
     def make() -> None:
@@ -124,7 +125,7 @@ def copy(place: Place, module: SimpleNamespace) -> Callable[[], None]:
 
 
 @pytest.fixture
-def rekey(place: Place, module: SimpleNamespace) -> Callable[..., None]:
+def rekey(place: Place, module: ModuleType) -> Callable[..., None]:
     def run(where: str | Path | None = None, copied: bool = True) -> None:
         with module.held(str(where or place.repository), place.state) as repository:
             repository.rekey(copied=copied)
@@ -196,7 +197,7 @@ def test_a_rotation_beside_somebody_elses_restic_fails_and_both_passwords_go_on(
 
 
 def test_a_rotation_fails_where_no_known_password_opens_the_copies(
-    place: Place, module: SimpleNamespace, copy: Callable[[], None], rekey: Callable[..., None]
+    place: Place, module: ModuleType, copy: Callable[[], None], rekey: Callable[..., None]
 ) -> None:
     copy()
     place.knows("second", "another")
@@ -219,12 +220,8 @@ def serving() -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             """Nobody reads it."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"rest:http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+    with served(Handler) as address:
+        yield f"rest:{address}/"
 
 
 def test_a_rotation_ends_where_nothing_was_copied_yet(place: Place, rekey: Callable[..., None]) -> None:
@@ -236,7 +233,7 @@ def test_a_rotation_ends_where_nothing_was_copied_yet(place: Place, rekey: Calla
 
 
 def test_a_rotation_fails_where_copies_were_made_and_no_repository_is_found(
-    place: Place, module: SimpleNamespace, copy: Callable[[], None], rekey: Callable[..., None]
+    place: Place, module: ModuleType, copy: Callable[[], None], rekey: Callable[..., None]
 ) -> None:
     with pytest.raises(module.RepositoryError, match="copies were made"):
         rekey()
@@ -249,7 +246,7 @@ def test_a_rotation_fails_where_copies_were_made_and_no_repository_is_found(
 
 
 def test_a_rotation_fails_while_the_repository_is_away(
-    module: SimpleNamespace, place: Place, rekey: Callable[..., None]
+    module: ModuleType, place: Place, rekey: Callable[..., None]
 ) -> None:
     with serving() as server:
         away = server
@@ -270,24 +267,31 @@ with quern_repository.held(sys.argv[2], pathlib.Path(sys.argv[3])) as repository
 """
 
 
+@contextmanager
+def waiting(copy: Callable[[], None]) -> Iterator[None]:
+    """A copy that waits for whoever holds the repository, and is made once the body has let it go."""
+    run = threading.Thread(target=copy)
+    run.start()
+    run.join(timeout=1.5)
+    assert run.is_alive()
+    yield
+    run.join(timeout=_SECONDS)
+    assert not run.is_alive()
+
+
 def test_one_run_at_a_time_holds_the_repository(place: Place, copy: Callable[[], None]) -> None:
     command = [sys.executable, "-c", _HOLD, str(FILES), str(place.repository), str(place.state)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        waiting = threading.Thread(target=copy)
-        waiting.start()
-        waiting.join(timeout=1.5)
-        assert waiting.is_alive()
-        assert not (place.repository / "config").exists()
-        other.stdin.close()
-        waiting.join(timeout=_SECONDS)
-        assert not waiting.is_alive()
+        with waiting(copy):
+            assert not (place.repository / "config").exists()
+            other.stdin.close()
     assert place.copies() == 1
 
 
 def test_a_repository_is_held_until_restic_ends_though_its_run_was_killed(
-    place: Place, module: SimpleNamespace, copy: Callable[[], None]
+    place: Place, module: ModuleType, copy: Callable[[], None]
 ) -> None:
     """`restic` here is what lasts until it is told to end."""
     programs = place.state / "programs"
@@ -303,18 +307,13 @@ def test_a_repository_is_held_until_restic_ends_though_its_run_was_killed(
         assert run.stdout.readline() == "began\n"
         run.kill()
         run.wait()
-        waiting = threading.Thread(target=copy)
-        waiting.start()
-        waiting.join(timeout=1.5)
-        assert waiting.is_alive()
-        (place.state / "go").write_text("go\n")
-        waiting.join(timeout=_SECONDS)
-        assert not waiting.is_alive()
+        with waiting(copy):
+            (place.state / "go").write_text("go\n")
     assert place.copies() == 1
 
 
 def test_a_given_repository_that_lacks_a_piece_is_not_whole(
-    place: Place, module: SimpleNamespace, copy: Callable[[], None]
+    place: Place, module: ModuleType, copy: Callable[[], None]
 ) -> None:
     copy()
     piece = next(path for path in (place.repository / "data").glob("*/*") if path.is_file())

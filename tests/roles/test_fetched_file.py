@@ -7,13 +7,13 @@ import os
 import pwd
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.roles.conftest import served
 from tests.roles.rendering import ROLES
 
 MODULE = ROLES / "fetch/library/fetched_file.py"
@@ -60,12 +60,8 @@ def askers() -> list[int]:
 @pytest.fixture
 def server(asked: list[str], askers: list[int]) -> Iterator[str]:
     handler = type("Handler", (_Handler,), {"asked": asked, "askers": askers})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-        thread.join()
+    with served(handler) as address:
+        yield address
 
 
 def run(check: bool = False, **options: Any) -> dict[str, Any]:
