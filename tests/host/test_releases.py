@@ -11,7 +11,6 @@ from tests.host.client import Client
 from tests.host.conftest import Place, Played
 from tests.host.load import Load
 
-
 _COMMENTED = """
 import sys, zipfile
 with zipfile.ZipFile(sys.argv[1], "a") as wheel:
