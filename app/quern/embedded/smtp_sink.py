@@ -22,6 +22,13 @@ from quern.embedded.recorder import Recorder
 Tls = Literal["none", "starttls", "implicit"]
 
 
+class _Relay(SMTP):
+    """Asks in a login as relays in use do: Alertmanager, for one, answers to these words and to no others."""
+
+    AuthLoginUsernameChallenge = "Username:"
+    AuthLoginPasswordChallenge = "Password:"
+
+
 @dataclass(frozen=True)
 class ReceivedMessage:
     """One accepted message: its envelope, its bytes as sent, and whether TLS protected it."""
@@ -160,7 +167,7 @@ class SmtpSink:
 
     def _connection(self) -> SMTP:
         starttls = self._certificate.server_context() if self._certificate and self._tls == "starttls" else None
-        return SMTP(
+        return _Relay(
             self,
             hostname="smtp-sink.localhost",
             enable_SMTPUTF8=True,

@@ -1,5 +1,6 @@
 import smtplib
 import ssl
+from base64 import b64decode, b64encode
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def test_with_credentials_only_who_logs_in_may_send(certificate: ServerCertifica
             client.login(*CREDENTIALS)
             client.send_message(letter())
         assert len(sink.messages) == 1
+
+
+def test_it_asks_for_a_login_in_the_words_of_relays_in_use(certificate: ServerCertificate) -> None:
+    with (
+        SmtpSink(tls="starttls", certificate=certificate, credentials=CREDENTIALS) as sink,
+        smtplib.SMTP(sink.host, sink.port) as client,
+    ):
+        client.starttls(context=certificate.client_context())
+        client.ehlo()
+        asked = [client.docmd("AUTH LOGIN"), client.docmd(b64encode(CREDENTIALS[0].encode()).decode())]
+        assert [(code, b64decode(words)) for code, words in asked] == [(334, b"Username:"), (334, b"Password:")]
+        assert client.docmd(b64encode(CREDENTIALS[1].encode()).decode())[0] == 235
 
 
 def test_after_a_restart_it_is_found_at_the_same_port(smtp_sink: SmtpSink) -> None:
